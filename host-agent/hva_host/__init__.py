@@ -1,0 +1,1 @@
+"""The host's side: launching, reclaiming, paging, telling."""

@@ -1,0 +1,1 @@
+"""The asyncio host agent: VMs, their links, epochs, the control socket."""

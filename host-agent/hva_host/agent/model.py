@@ -1,0 +1,154 @@
+"""What the host agent says of a VM: the one model behind tables, plots, ``--json``, reports and the control socket.
+
+Sizes are bytes, times are seconds, pages are pages of 4 KiB, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from pydantic import BaseModel, ConfigDict
+
+
+class VmState(enum.StrEnum):
+    """Where a VM is in its life, as the host agent sees it."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    HELD = "held"
+    PANICKED = "panicked"
+    STOPPING = "stopping"
+    GONE = "gone"
+
+
+class Record(BaseModel):
+    """A value: frozen, strict about its fields, the same as JSON and back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measure(Record):
+    """A VM's memory and what it costs, all read within a few milliseconds."""
+
+    uptime_s: float
+    backing_bytes: int
+    resident_pages: int
+    zero_pages: int
+    layer_pages: int
+    preserved_pages: int
+    #: Fault events answered with a fill, and pages those fills brought (fault-around included).
+    refaults: int
+    refault_pages: int
+    #: QEMU's own memory, guest RAM excluded.
+    qemu_rss_bytes: int
+    pager_rss_bytes: int
+    #: The host agent's process, shared by all its VMs.
+    agent_rss_bytes: int
+    store_bytes: int
+    #: How much of the VM's layers the host's page cache holds; shared between VMs, droppable by the host.
+    layer_cached_bytes: int
+    #: MemFree as the guest reports it; -1 where the guest agent does not answer.
+    guest_free_bytes: int
+
+
+class PhaseSeconds(Record):
+    """Where the time of an epoch went."""
+
+    scan: float = 0.0
+    protect: float = 0.0
+    prove: float = 0.0
+    confirm: float = 0.0
+    discard: float = 0.0
+    total: float = 0.0
+
+
+class EpochStats(Record):
+    """What one epoch did, in pages. candidates = discarded + touched + unmatched + unconfirmed."""
+
+    number: int
+    #: Candidates that were present once protected.
+    candidates: int
+    #: Pages whose proof held.
+    proven: int
+    #: Pages an event (write, fill, unprotect) took out of the epoch.
+    touched: int
+    #: Copies whose bytes no layer holds.
+    unmatched: int
+    #: UNUSED candidates that two scans did not confirm in time.
+    unconfirmed: int
+    discarded: int
+    discarded_zero: int
+    discarded_layer: int
+    resident_before: int
+    seconds: PhaseSeconds
+    #: Why the epoch ended early, or "".
+    note: str = ""
+
+
+class StallStats(Record):
+    """How long vCPUs (and QEMU's threads) waited for the pager, from a fault being readable to its wake-up."""
+
+    count: int = 0
+    sum_s: float = 0.0
+    median_s: float = 0.0
+    p99_s: float = 0.0
+    longest_s: float = 0.0
+
+
+class HeldPages(Record):
+    """Faults the pager must not answer, because the bytes it would serve are not the right ones."""
+
+    layer: str
+    pages: list[int]
+    reason: str
+
+
+class VmStatus(Record):
+    """All that ``status NAME`` shows."""
+
+    name: str
+    state: VmState
+    reason: str = ""
+    #: "", or why nothing is being discarded.
+    reclaim_refused: str = ""
+    pid: int
+    pager_pid: int
+    #: Pager restarts and the longest time faults went unanswered because of one.
+    pager_restarts: int = 0
+    pager_pause_s: float = 0.0
+    guest_connected: bool
+    guest_kernel: str = ""
+    memory_bytes: int
+    measure: Measure | None = None
+    epochs: list[EpochStats] = []
+    stalls: StallStats = StallStats()
+    held: list[HeldPages] = []
+
+
+class ReclaimResult(Record):
+    """What a ``reclaim`` did."""
+
+    epochs: list[EpochStats]
+    discarded: int
+    backing_before_bytes: int
+    backing_after_bytes: int
+    seconds: float
+
+
+class ExecResult(Record):
+    """How a command in the guest ended. Output is the guest's: escape it before printing."""
+
+    exit_status: int | None
+    signal: int | None = None
+    timed_out: bool = False
+    stdout: bytes = b""
+    stderr: bytes = b""
+    #: Output beyond the bound was dropped.
+    truncated: bool = False
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_status == 0 and not self.timed_out

@@ -1,0 +1,1 @@
+"""Mechanisms of guest memory: userfaultfd, backing, ledger, layers. Knows nothing of VMs."""

@@ -1,0 +1,67 @@
+"""Where the project keeps its files: built things in the cache, running VMs in the runtime directory, their disks in the state directory.
+
+Each is made for its owner only (0700). The environment variables named below take precedence; then the XDG base
+directories; root gets the system's own places.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from hvaqemu.errors import HostError
+
+#: AF_UNIX addresses end at 108 bytes including the NUL (unix(7)).
+SOCKET_PATH_MAX = 107
+
+
+def _private(path: Path) -> Path:
+    """Make ``path`` (and its parents) and see that it is ours alone.
+
+    :raise HostError: not ours, open to others, or can not be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror}", "make it writable or choose another place") from error
+    if status.st_uid != os.geteuid():
+        raise HostError(f"{path}: belongs to user {status.st_uid}, not to you", "choose another place")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def _place(variable: str, for_root: str, xdg: str, fallback: Path) -> Path:
+    if chosen := os.environ.get(variable):
+        return Path(chosen).absolute()
+    if os.geteuid() == 0:
+        return Path(for_root)
+    if base := os.environ.get(xdg):
+        return Path(base) / "hvaqemu"
+    return fallback
+
+
+def cache_dir() -> Path:
+    """Images, layer indexes, the compiled shim; may be deleted at any time. ``HVAQEMU_CACHE_DIR``."""
+    return _private(_place("HVAQEMU_CACHE_DIR", "/var/cache/hvaqemu", "XDG_CACHE_HOME", Path.home() / ".cache/hvaqemu"))
+
+
+def runtime_dir() -> Path:
+    """Sockets, locks and state of running VMs. ``HVAQEMU_RUNTIME_DIR``.
+
+    :raise HostError: also when the path is too long for a unix socket below it.
+    """
+    fallback = Path(f"/tmp/hvaqemu-{os.geteuid()}")
+    path = _private(_place("HVAQEMU_RUNTIME_DIR", "/run/hvaqemu", "XDG_RUNTIME_DIR", fallback))
+    if len(os.fsencode(path)) > 60:
+        raise HostError(f"{path}: too long for the sockets below it", "set HVAQEMU_RUNTIME_DIR to a path of at most 60 bytes")
+    return path
+
+
+def state_dir() -> Path:
+    """Disks that VMs write. On a real file system: the runtime directory is often host memory. ``HVAQEMU_STATE_DIR``."""
+    return _private(
+        _place("HVAQEMU_STATE_DIR", "/var/lib/hvaqemu", "XDG_STATE_HOME", Path.home() / ".local/state/hvaqemu")
+    )

@@ -1,0 +1,68 @@
+/*
+ * Preloaded into QEMU. Opens, and leaves open in QEMU's descriptor table, what must live exactly as long as QEMU: a
+ * userfaultfd, a memfd for the ledger and a memfd for the compressed store. A pager takes them with pidfd_getfd(2).
+ *
+ * Acts only in the process it was meant for (HVA_SHIM=1) and takes itself out of the environment, so that nothing
+ * QEMU starts is touched. Whatever fails ends the process: QEMU without these must not run.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef USERFAULTFD_IOC_NEW /* kernel headers before 6.1 */
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+static _Noreturn void fail(const char *what)
+{
+	dprintf(STDERR_FILENO, "hvaqemu shim: %s: %s\n", what, strerror(errno));
+	_exit(1);
+}
+
+static int open_userfaultfd(void)
+{
+	/* Not UFFD_USER_MODE_ONLY: QEMU's own system calls on guest RAM must fault to the pager too. */
+	const int flags = O_CLOEXEC | O_NONBLOCK;
+	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+
+	if (device >= 0) {
+		int fd = ioctl(device, USERFAULTFD_IOC_NEW, flags);
+
+		/* The pager matches links of /proc/PID/fd: the device must not stay among them. */
+		close(device);
+		if (fd >= 0)
+			return fd;
+	}
+	return (int)syscall(SYS_userfaultfd, flags);
+}
+
+__attribute__((constructor)) static void hva_shim(void)
+{
+	const char *wanted = getenv("HVA_SHIM");
+
+	if (wanted == NULL || strcmp(wanted, "1") != 0)
+		return;
+	if (unsetenv("HVA_SHIM") != 0 || unsetenv("LD_PRELOAD") != 0)
+		fail("environment");
+	if (open_userfaultfd() < 0)
+		fail("userfaultfd");
+	if (memfd_create("hva-ledger", MFD_CLOEXEC) < 0)
+		fail("memfd hva-ledger");
+	if (memfd_create("hva-store", MFD_CLOEXEC) < 0)
+		fail("memfd hva-store");
+	/* Punching a part of a huge page zeroes it in place, and no fault ever comes. */
+	if (prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0)
+		fail("PR_SET_THP_DISABLE");
+	/* pidfd_getfd needs ptrace access; EINVAL: there is no yama to restrict it. */
+	if (prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0) != 0 && errno != EINVAL)
+		fail("PR_SET_PTRACER");
+}

@@ -1,0 +1,270 @@
+"""A scenario: a VM and the steps to play on it. Each step is a mapping with exactly one verb among its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from hvaqemu import strict_yaml
+from hvaqemu.config import Config, Count, Location, Name, Seconds, Size, VmConfig, complain
+from hvaqemu.units import format_size
+
+
+class ReclaimState(StrEnum):
+    """Page states a user can ask to be discarded."""
+
+    UNUSED = "unused"
+    VOLATILE = "volatile"
+
+
+ALL_STATES = (ReclaimState.UNUSED, ReclaimState.VOLATILE)
+
+
+def _some_once(states: tuple[ReclaimState, ...]) -> tuple[ReclaimState, ...]:
+    if not states or len(set(states)) != len(states):
+        raise ValueError(f"name each state once, at least one of {', '.join(ReclaimState)}")
+    return states
+
+
+def _command(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError("must be a shell command")
+    return text
+
+
+class GuestStep(Config):
+    """Run a shell command in the guest; it must exit with 0 in time."""
+
+    guest: Annotated[str, AfterValidator(_command)]
+    #: Keep its standard output under this name.
+    save: Name | None = None
+    timeout: Seconds = 60.0
+
+
+class MeasureStep(Config):
+    """Measure the VM and keep it under a name."""
+
+    measure: Name
+
+
+class ReclaimPlan(Config):
+    """What to reclaim, and how long to go on: until an epoch gains less than 1 %, or as the fields say."""
+
+    states: Annotated[tuple[ReclaimState, ...], AfterValidator(_some_once)] = ALL_STATES
+    #: Exactly so many epochs.
+    epochs: Count | None = None
+    #: Seconds from the start of one epoch to the start of the next, beside the steps that follow, until stopped.
+    every: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_end(self) -> Self:
+        if self.epochs is not None and self.every is not None:
+            complain((("every",), "goes on until `reclaim: stop`; it can not be given with epochs"))
+        return self
+
+
+class ReclaimStep(Config):
+    """Run epochs."""
+
+    reclaim: ReclaimPlan
+
+
+class ReclaimStopStep(Config):
+    """End the reclaim that runs beside the steps."""
+
+    reclaim: Literal["stop"]
+
+
+class Nothing(Config):
+    """A verb without parameters: ``restore: {}`` or just ``restore:``."""
+
+
+class RestoreStep(Config):
+    """Make every page resident."""
+
+    restore: Annotated[Nothing, BeforeValidator(lambda value: {} if value is None else value)]
+
+
+class BalloonStep(Config):
+    """Set the guest's balloon so that the guest keeps ``balloon`` bytes."""
+
+    balloon: Size
+    timeout: Seconds = 60.0
+
+
+class SleepStep(Config):
+    """Wait."""
+
+    sleep: Seconds
+
+
+class SameStep(Config):
+    """Saved outputs must be equal, byte for byte."""
+
+    same: Annotated[tuple[Name, ...], Field(min_length=2)]
+
+
+class Bounds(Config):
+    """Bounds of a number of bytes: absolute, or as a multiple of another measure's."""
+
+    max: Size | None = None
+    min: Size | None = None
+    of: Name | None = None
+    max_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    min_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        ratio = self.max_ratio is not None or self.min_ratio is not None
+        if not ratio and self.max is None and self.min is None:
+            complain(((), "needs max, min, max_ratio or min_ratio"))
+        if ratio and self.of is None:
+            complain(((), "a ratio needs `of`, the name of another measure"))
+        if self.of is not None and not ratio:
+            complain((("of",), "means nothing without max_ratio or min_ratio"))
+        return self
+
+    def violations(self, value: int, other: int | None) -> Iterator[str]:
+        """What ``value`` bytes break, each a phrase. ``other``: the same number in the measure ``of`` names."""
+        if self.max is not None and value > self.max:
+            yield f"{format_size(value)} is more than {format_size(self.max)}"
+        if self.min is not None and value < self.min:
+            yield f"{format_size(value)} is less than {format_size(self.min)}"
+        if other is None:
+            return
+        ratio = value / other if other else float("inf")
+        if self.max_ratio is not None and ratio > self.max_ratio:
+            yield f"{format_size(value)} is {ratio:.3f} of {self.of}, more than {self.max_ratio:g}"
+        if self.min_ratio is not None and ratio < self.min_ratio:
+            yield f"{format_size(value)} is {ratio:.3f} of {self.of}, less than {self.min_ratio:g}"
+
+
+class Expectation(Config):
+    """What must hold of a measure."""
+
+    measure: Name
+    backing: Bounds
+
+
+class ExpectStep(Config):
+    """Check an earlier measure."""
+
+    expect: Expectation
+
+
+Step = (
+    GuestStep
+    | MeasureStep
+    | ReclaimStep
+    | ReclaimStopStep
+    | RestoreStep
+    | BalloonStep
+    | SleepStep
+    | SameStep
+    | ExpectStep
+)
+
+_VERBS: dict[str, type[Step]] = {
+    "guest": GuestStep,
+    "measure": MeasureStep,
+    "reclaim": ReclaimStep,
+    "restore": RestoreStep,
+    "balloon": BalloonStep,
+    "sleep": SleepStep,
+    "same": SameStep,
+    "expect": ExpectStep,
+}
+
+
+def verb_of(step: Step) -> str:
+    """The verb of a step: its first field, as the classes above are written."""
+    return next(iter(type(step).model_fields))
+
+
+def _step(data: Any, _union: ValidatorFunctionWrapHandler) -> Step:
+    if isinstance(data, Step):
+        return data
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a step is a mapping with one of {', '.join(_VERBS)}")  # noqa: TRY004 - pydantic takes only this
+    verbs = [key for key in data if key in _VERBS]
+    if len(verbs) != 1:
+        found = f"not {' and '.join(verbs)}" if verbs else f"not {', '.join(map(str, data)) or 'nothing'}"
+        raise ValueError(f"a step has exactly one of {', '.join(_VERBS)}, {found}")
+    model = _VERBS[verbs[0]]
+    if model is ReclaimStep and isinstance(data["reclaim"], str):
+        model = ReclaimStopStep
+    # A ValidationError raised here keeps its places: pydantic puts them below this step's.
+    return model.model_validate(data)
+
+
+class Scenario(Config):
+    """A VM and what to do with it, in order."""
+
+    vm: VmConfig
+    steps: tuple[Annotated[Step, WrapValidator(_step)], ...] = ()
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> Self:
+        complain(*_complaints(self))
+        return self
+
+    def resolved(self, folder: Path) -> Scenario:
+        """The same with absolute paths, where relative ones mean ``folder``."""
+        return self.model_copy(update={"vm": self.vm.resolved(folder)})
+
+
+def _complaints(scenario: Scenario) -> Iterator[tuple[Location, str]]:
+    saved: set[str] = set()
+    measured: set[str] = set()
+    running = False
+    for index, step in enumerate(scenario.steps):
+        here: Location = ("steps", index)
+        if isinstance(step, GuestStep):
+            if not scenario.vm.allow_exec:
+                yield (*here, "guest"), "needs `allow_exec: true` in vm"
+            if step.save is not None:
+                if step.save in saved:
+                    yield (*here, "save"), f"{step.save!r} is saved by an earlier step"
+                saved.add(step.save)
+        elif isinstance(step, MeasureStep):
+            if step.measure in measured:
+                yield (*here, "measure"), f"{step.measure!r} is measured by an earlier step"
+            measured.add(step.measure)
+        elif isinstance(step, SameStep):
+            for place, name in enumerate(step.same):
+                if name not in saved:
+                    yield (*here, "same", place), f"no earlier step saves {name!r}"
+        elif isinstance(step, ExpectStep):
+            if step.expect.measure not in measured:
+                yield (*here, "expect", "measure"), f"no earlier step measures {step.expect.measure!r}"
+            if step.expect.backing.of is not None and step.expect.backing.of not in measured:
+                yield (*here, "expect", "backing", "of"), f"no earlier step measures {step.expect.backing.of!r}"
+        elif isinstance(step, ReclaimStep):
+            if running:
+                yield (*here, "reclaim"), "an earlier `every` still runs; put `reclaim: stop` before this"
+            running = running or step.reclaim.every is not None
+        elif isinstance(step, ReclaimStopStep):
+            if not running:
+                yield (*here, "reclaim"), "no `reclaim` with `every` runs here"
+            running = False
+        elif isinstance(step, BalloonStep) and not 0 < step.balloon <= scenario.vm.memory:
+            yield (*here, "balloon"), f"must be more than nothing and at most {format_size(scenario.vm.memory)}"
+
+
+def load_scenario(path: Path) -> Scenario:
+    """The scenario in a file; its paths absolute.
+
+    :raise ConfigError: naming the file, line and key.
+    """
+    return strict_yaml.load(path, Scenario).resolved(path.parent)

@@ -1,0 +1,160 @@
+"""VM and image files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hvaqemu.config import Accelerator, ExtraDisk, ImageConfig, VmConfig, image_of, load_image, load_vm
+from hvaqemu.errors import ConfigError
+from hvaqemu.units import GiB, MiB
+
+VM = "name: one\nmemory: 512M\n"
+
+
+def write(folder: Path, text: str, name: str = "vm.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def complaint(folder: Path, text: str) -> str:
+    """What is said of a wrong file, without the folder."""
+    with pytest.raises(ConfigError) as caught:
+        load_vm(write(folder, text))
+    return str(caught.value).removeprefix(f"{folder}/")
+
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)
+paths = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=30).map(
+    Path
+)
+images = st.builds(
+    ImageConfig,
+    name=names,
+    base=names,
+    packages=st.lists(st.from_regex(r"[a-z0-9][a-z0-9+.-]{1,20}", fullmatch=True), max_size=3),
+    files=st.dictionaries(names.map(lambda name: f"/opt/{name}"), paths, max_size=3),
+    size=st.none() | st.integers(1, 4096).map(lambda count: count * MiB),
+)
+vms = st.builds(
+    VmConfig,
+    name=names,
+    machine=st.just("s390x"),
+    accelerator=st.sampled_from(Accelerator),
+    memory=st.integers(128, 1 << 20).map(lambda count: count * MiB),
+    cpus=st.integers(1, 248),
+    image=names | images,
+    extra_disks=st.lists(
+        st.builds(ExtraDisk, path=paths, read_only=st.booleans()), max_size=3, unique_by=lambda d: d.path
+    ),
+    allow_exec=st.booleans(),
+    boot_timeout=st.floats(1e-6, 1e6),
+)
+
+
+@given(vms)
+def test_json_round_trip(config: VmConfig) -> None:
+    assert VmConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@given(vms)
+def test_round_trip_through_plain_data(config: VmConfig) -> None:
+    """What a YAML writer would emit loads again, too: no field needs JSON's leniency."""
+    assert VmConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+def test_smallest_file(tmp_path: Path) -> None:
+    config = load_vm(write(tmp_path, VM))
+    assert (config.name, config.memory, config.cpus, config.image) == ("one", 512 * MiB, 1, "debian-s390x")
+    assert (config.allow_exec, config.extra_disks, config.accelerator) == (False, (), Accelerator.TCG)
+    assert config.boot_timeout == 60.0
+    assert config.profile.machine == "s390-ccw-virtio"
+
+
+def test_all_keys(tmp_path: Path) -> None:
+    text = VM + (
+        "machine: s390x\naccelerator: kvm\ncpus: 4\nallow_exec: true\nboot_timeout: 2m\n"
+        "image: {name: mine, packages: [fio, stress-ng], files: {/opt/job.sh: ./job.sh}, size: 2G}\n"
+        "extra_disks: [{path: data.raw, read_only: true}, {path: /dev/loop9}]\n"
+    )
+    config = load_vm(write(tmp_path, text))
+    assert config.accelerator is Accelerator.KVM
+    assert config.boot_timeout == 120.0
+    assert [disk.path for disk in config.extra_disks] == [tmp_path / "data.raw", Path("/dev/loop9")]
+    image = image_of(config)
+    assert isinstance(image, ImageConfig)
+    assert (image.base, image.packages, image.size) == ("debian-s390x", ("fio", "stress-ng"), 2 * GiB)
+    assert image.files == {"/opt/job.sh": tmp_path / "job.sh"}
+
+
+def test_below_a_vm_key_and_beside_steps(tmp_path: Path) -> None:
+    plain = load_vm(write(tmp_path, VM))
+    below = load_vm(write(tmp_path, "vm:\n  name: one\n  memory: 512M\nsteps:\n  - measure: x\n", "scenario.yaml"))
+    assert below == plain
+
+
+def test_image_file(tmp_path: Path) -> None:
+    write(tmp_path, "name: mine\nfiles: {/opt/a: a}\n", "mine.yaml")
+    config = load_vm(write(tmp_path, VM + "image: ./mine.yaml\n"))
+    image = load_image(tmp_path / "mine.yaml")
+    assert image.files == {"/opt/a": tmp_path / "a"}
+    assert image_of(config) == image
+
+
+def test_image_that_is_no_description(tmp_path: Path) -> None:
+    config = load_vm(write(tmp_path, VM + "image: ./disk.img\n"))
+    with pytest.raises(ConfigError, match=r"disk\.img: an image is described by a \.yaml file"):
+        image_of(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (VM + "cpu: 2\n", "vm.yaml:3: key cpu: is not a known key"),
+        ("vm:\n  name: one\n  memory: 512M\n  cpu: 2\n", "vm.yaml:4: key vm.cpu: is not a known key"),
+        ("memory: 512M\n", "vm.yaml:1: key name: is missing"),
+        ("name: one\nmemory: 512X\n", "vm.yaml:2: key memory: '512X' is not a size; write for example 512M or 2G"),
+        ("name: one\nmemory: 16M\n", "vm.yaml:2: key memory: 16.0 MiB is too little for s390x; give at least 128M"),
+        ("name: one\nmemory: 268435457\n", "vm.yaml:2: key memory: 268435457 bytes is not a whole number of 1M"),
+        ("name: one\nmemory: -1\n", "vm.yaml:2: key memory: input should be greater than or equal to 0, not -1"),
+        ("name: one\nmemory: [1]\n", "vm.yaml:2: key memory: write a size, for example 512M"),
+        ("name: 'a,b'\nmemory: 512M\n", "vm.yaml:1: key name: must be 1 to 63 letters"),
+        (f"name: {'a' * 64}\nmemory: 512M\n", "vm.yaml:1: key name: must be 1 to 63 letters"),
+        ("name: -a\nmemory: 512M\n", "vm.yaml:1: key name: must be 1 to 63 letters"),
+        (VM + "machine: pc\n", "vm.yaml:3: key machine: 'pc' is not a machine profile; known: s390x"),
+        (VM + "accelerator: xen\n", "vm.yaml:3: key accelerator: input should be 'tcg' or 'kvm', not 'xen'"),
+        (VM + "cpus: 0\n", "vm.yaml:3: key cpus: input should be greater than or equal to 1, not 0"),
+        (VM + "cpus: 249\n", "vm.yaml:3: key cpus: 249 is more than the 248 of s390x"),
+        (VM + "cpus: '2'\n", "vm.yaml:3: key cpus: input should be a valid integer, not '2'"),
+        (VM + "allow_exec: 1\n", "vm.yaml:3: key allow_exec: input should be a valid boolean, not 1"),
+        (VM + "boot_timeout: 0\n", "vm.yaml:3: key boot_timeout: input should be greater than 0, not 0"),
+        (VM + "boot_timeout: soon\n", "vm.yaml:3: key boot_timeout: 'soon' is not a duration"),
+        (VM + "image: 5\n", "vm.yaml:3: key image: must be the name of an image"),
+        (VM + "image: {name: x, pkgs: []}\n", "vm.yaml:3: key image.pkgs: is not a known key"),
+        (VM + "image: {name: x, size: 100}\n", "vm.yaml:3: key image.size: must be a whole number of MiB"),
+        (VM + "image: {name: x, packages: ['-o']}\n", "vm.yaml:3: key image.packages[0]: '-o' is not the name of"),
+        (VM + "image: {name: x, files: {../a: b}}\n", "vm.yaml:3: key image.files.../a: '../a' is not an absolute"),
+        (VM + "extra_disks:\n - path: a\n - path: a\n", "vm.yaml:5: key extra_disks[1].path: a is already disk 0"),
+        (VM + "extra_disks:\n - path: ''\n", "vm.yaml:4: key extra_disks[0].path: must be a path"),
+    ],
+)
+def test_wrong_file_names_line_and_key(tmp_path: Path, text: str, says: str) -> None:
+    said = complaint(tmp_path, text)
+    assert said.startswith(says)
+    assert "\n" not in said
+
+
+def test_two_complaints_of_one_kind_are_counted(tmp_path: Path) -> None:
+    assert complaint(tmp_path, "name: one\nmemory: 16M\ncpus: 300\n").endswith("(and 1 more)")
+
+
+def test_frozen() -> None:
+    config = VmConfig(name="one", memory=512 * MiB)
+    with pytest.raises(ValidationError):
+        config.name = "two"  # type: ignore[misc, unused-ignore]

@@ -135,8 +135,12 @@ class Hello(NamedTuple):
 
     @property
     def checks_free_pages(self) -> bool:
-        """The guest's kernel may look at the content of free pages: its UNUSED pages must not be discarded."""
-        return self.page_poison != Fact.OFF or self.debug_pagealloc != Fact.OFF
+        """The guest's kernel may look at the content of free pages: its UNUSED pages must not be discarded.
+
+        page_poison is off unless the command line says otherwise, so not knowing means an unreadable command line.
+        debug_pagealloc is unknown wherever the kernel's configuration is not at hand, and no distribution sets it.
+        """
+        return self.page_poison != Fact.OFF or self.debug_pagealloc == Fact.ON
 
 
 class Ack(NamedTuple):

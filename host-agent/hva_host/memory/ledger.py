@@ -1,0 +1,192 @@
+"""The ledger: per VM, in a memfd that lives as long as QEMU, where each non-resident page's bytes come from.
+
+File layout (host byte order; the memfd never leaves the host)::
+
+    0        header page: magic, version, page count, then the counters
+    4096     LAYERS slots of 4096 bytes: the layers entries may name
+    ENTRIES  one 8-byte entry a page
+
+An entry is changed by one aligned 8-byte store, so whoever dies, it is the old one or the new one. Whatever can be
+derived (totals, use counts) is derived at attach. Three rules every reader keeps (presence wins):
+
+* a present page is RESIDENT whatever its entry says,
+* an absent page is what its entry says,
+* an absent page without entry is ZERO (QEMU's balloon punched it, or it was never touched).
+
+The memfd lies in QEMU's table, so a compromised QEMU could write it: entries are bounds-checked before use.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvaqemu.errors import RefusedError
+from hvaqemu.pages import PAGE_SIZE, Residence
+
+VERSION = 1
+LAYERS = 63
+_MAGIC = int.from_bytes(b"HVALEDGR", "little")
+_HEADER = struct.Struct("=QQQ")
+_COUNTERS_OFFSET = 512
+_ENTRIES_OFFSET = (1 + LAYERS) * PAGE_SIZE
+
+_KIND_SHIFT = 60
+_LAYER_SHIFT = 48
+_LAYER_MASK = 0xFF
+_BLOCK_MASK = (1 << 40) - 1
+
+ZERO_ENTRY = Residence.ZERO << _KIND_SHIFT
+NO_ENTRY = 0
+
+_SLOT = struct.Struct("=QQQQQQQII")
+_VALID = 1
+
+
+class Counter(enum.IntEnum):
+    """Counters that outlive the pager, by place in the header."""
+
+    REFAULTS = 0
+    REFAULT_PAGES = 1
+    EPOCHS = 2
+    DISCARDED_PAGES = 3
+    WRITE_FAULTS = 4
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the ledger keeps of a layer, enough to find it again and to know that it is the same.
+
+    ``device``, ``inode``, ``size`` (bytes) and ``mtime_ns`` are the file's; ``seed`` and ``digest`` its index's.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    seed: int
+    digest: int
+    path: str
+    index_path: str
+
+
+def layer_entry(layer: int, block: int) -> int:
+    """The entry of a page that equals 4 KiB block ``block`` of layer slot ``layer``; later blocks' entries count up.
+
+    :raise ValueError: a number is out of range.
+    """
+    if not 0 <= layer < LAYERS or not 0 <= block <= _BLOCK_MASK:
+        raise ValueError(f"layer {layer}, block {block}: out of range")
+    return Residence.LAYER << _KIND_SHIFT | layer << _LAYER_SHIFT | block
+
+
+def entry_kind(entry: int) -> int:
+    """The :class:`Residence` an entry names; a number outside it if the entry is damaged."""
+    return entry >> _KIND_SHIFT
+
+
+def entry_layer(entry: int) -> int:
+    """The layer slot of a LAYER entry; may be beyond ``LAYERS`` if the entry is damaged."""
+    return entry >> _LAYER_SHIFT & _LAYER_MASK
+
+
+def entry_block(entry: int) -> int:
+    """The block of a LAYER entry; may be beyond the layer's end if the entry is damaged."""
+    return entry & _BLOCK_MASK
+
+
+class Ledger:
+    """A mapped ledger, locked to this process.
+
+    :ivar entries: uint64, shape ``(pages,)``; assign elements or fancy-indexed sets of them, both store aligned words.
+    """
+
+    def __init__(self, fd: int, pages: int) -> None:
+        """Open the ledger in ``fd``, or lay a new one out where the memfd is still empty.
+
+        The lock is a POSIX record lock: the descriptor's open file description is shared with QEMU and with every
+        earlier pager, so ``flock`` and OFD locks would be shared too (fcntl(2)); a record lock is the process's own.
+
+        :param fd: owned from now on.
+        :raise RefusedError: another process has it, or it is of another version or size.
+        """
+        self.fd = fd
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RefusedError("another pager serves this VM", "leave it in charge, or end it first") from error
+        size = _ENTRIES_OFFSET + pages * 8
+        fresh = os.fstat(fd).st_size == 0
+        if fresh:
+            os.ftruncate(fd, size)
+        elif os.fstat(fd).st_size != size:
+            raise RefusedError(f"the VM's ledger is not one for {pages} pages of RAM")
+        self._map = mmap.mmap(fd, size)
+        magic, version, stored_pages = _HEADER.unpack_from(self._map)
+        if magic == 0:
+            # The magic comes last, so that a pager killed in here leaves a ledger that is laid out anew.
+            _HEADER.pack_into(self._map, 0, 0, VERSION, pages)
+            self._map[0:8] = _MAGIC.to_bytes(8, "little")
+        elif magic != _MAGIC or version != VERSION or stored_pages != pages:
+            raise RefusedError(
+                f"the VM's ledger has version {version} for {stored_pages} pages; this pager knows version {VERSION}",
+                "use the hvaqemu the VM was started with, or 'hvaqemu restore' with that one first",
+            )
+        self.pages = pages
+        self.entries: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, pages, _ENTRIES_OFFSET)
+        self.counters: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, len(Counter), _COUNTERS_OFFSET)
+
+    def count(self, counter: Counter, by: int = 1) -> None:
+        """Add to a counter."""
+        self.counters[counter] += np.uint64(by)
+
+    def totals(self) -> dict[Residence, int]:
+        """Pages whose entry names each non-resident residence."""
+        kinds = (self.entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
+        counted = np.bincount(kinds, minlength=16)
+        return {kind: int(counted[kind]) for kind in (Residence.ZERO, Residence.LAYER, Residence.PRESERVED)}
+
+    def layers(self) -> dict[int, LayerRecord]:
+        """The recorded layers by slot.
+
+        :raise RefusedError: a record is damaged.
+        """
+        found = {}
+        for slot in range(LAYERS):
+            offset = (1 + slot) * PAGE_SIZE
+            valid, device, inode, size, mtime_ns, seed, digest, path_length, index_length = _SLOT.unpack_from(
+                self._map, offset
+            )
+            if valid != _VALID:
+                continue
+            start = offset + _SLOT.size
+            if path_length + index_length > PAGE_SIZE - _SLOT.size:
+                raise RefusedError(f"the VM's ledger is damaged: layer slot {slot}")
+            path = os.fsdecode(self._map[start : start + path_length])
+            index_path = os.fsdecode(self._map[start + path_length : start + path_length + index_length])
+            found[slot] = LayerRecord(device, inode, size, mtime_ns, seed, digest, path, index_path)
+        return found
+
+    def record_layer(self, slot: int, record: LayerRecord) -> None:
+        """Write a layer into a free slot; its valid word is stored last.
+
+        :raise RefusedError: the paths are too long, or the slot is taken.
+        """
+        path, index_path = os.fsencode(record.path), os.fsencode(record.index_path)
+        offset = (1 + slot) * PAGE_SIZE
+        if len(path) + len(index_path) > PAGE_SIZE - _SLOT.size:
+            raise RefusedError(f"{record.path}: the path is too long for a layer")
+        if _SLOT.unpack_from(self._map, offset)[0] == _VALID:
+            raise RefusedError(f"layer slot {slot} is taken")
+        fields = (record.device, record.inode, record.size, record.mtime_ns, record.seed, record.digest)
+        _SLOT.pack_into(self._map, offset, 0, *fields, len(path), len(index_path))
+        start = offset + _SLOT.size
+        self._map[start : start + len(path) + len(index_path)] = path + index_path
+        self._map[offset : offset + 8] = _VALID.to_bytes(8, "little")

@@ -1,0 +1,267 @@
+"""One epoch: propose, protect, prove, discard (the discard transaction).
+
+The rules, and what in here keeps them:
+
+* Nothing is discarded on a report. Copies are compared byte for byte while protected; UNUSED pages are confirmed free
+  by two scans of the guest that began after protection, answering an identifier made after protection.
+* Only pages present after protecting are candidates: :meth:`Epoch._drop_absent`.
+* Any event on a page takes it out before it is answered: whoever answers calls :meth:`Epoch.leave` first. Whoever
+  answers is the thread that runs :meth:`Epoch.steps`, which discards without giving way between looking at the
+  membership and punching, so there is no moment between "still in" and "punched".
+* The ledger entry is stored before the page is punched: :meth:`hva_host.pager.ram.Ram.discard`.
+* Protection ends at the deadline whatever the guest does.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hva_host.memory.ledger import ZERO_ENTRY, Counter
+from hva_host.memory.runs import runs_of, runs_of_pfns
+from hva_host.pager.prove import Prover
+from hva_host.pager.ram import Ram
+from hvaqemu.pages import Run
+
+IDENTIFIER_BYTES = 16
+CONFIRM_ROUNDS = 2
+
+#: How long a step may go on before faults are looked at again, in seconds.
+_SLICE_SECONDS = 0.001
+_DISCARD_PAGES = 2048
+_NOT_CACHED_PASSES = 3
+
+
+class Member(enum.IntEnum):
+    """What an epoch has a page for; one byte a page."""
+
+    OUT = 0
+    #: Discard if its bytes are zeros or in a layer.
+    COPY = 1
+    #: Discard if the guest confirms it free.
+    UNUSED = 2
+    #: Not worth protecting unless a look without protection finds zeros or a layer's bytes: then a COPY.
+    SIFT = 3
+
+
+class Phase(enum.StrEnum):
+    """Where an epoch is."""
+
+    SIFTING = "sifting"
+    PROTECTING = "protecting"
+    PROVING = "proving"
+    CONFIRMING = "confirming"
+    DISCARDING = "discarding"
+    DONE = "done"
+
+
+class Step(enum.Enum):
+    """What an epoch that gave way is waiting for."""
+
+    #: Nothing: call again once faults are answered.
+    WORK = enum.auto()
+    #: A confirmation or the deadline.
+    CONFIRM = enum.auto()
+    #: The disk.
+    DISK = enum.auto()
+
+
+class Epoch:
+    """An epoch over some pages of a VM.
+
+    :param wanted: uint8 :class:`Member` values, shape ``(pages,)``; pages that are not RESIDENT are ignored.
+    :param deadline: when protection ends at the latest, on the monotonic clock, in seconds.
+    :ivar identifier: what confirmations must answer; empty until the pages are protected.
+    """
+
+    def __init__(self, ram: Ram, prover: Prover, wanted: NDArray[np.uint8], deadline: float) -> None:
+        if wanted.shape != (ram.pages,):
+            raise ValueError(f"{wanted.shape} classes for {ram.pages} pages")
+        ram.ledger.count(Counter.EPOCHS)
+        self.number = int(ram.ledger.counters[Counter.EPOCHS])
+        self.phase = Phase.SIFTING
+        self.deadline = deadline
+        self.identifier = b""
+        self.note = ""
+        self.counts = dict.fromkeys(
+            ("candidates", "proven", "touched", "unmatched", "unconfirmed", "discarded_zero", "discarded_layer"), 0
+        )
+        self.seconds = dict.fromkeys(("protect", "prove", "confirm", "discard"), 0.0)
+        self.resident_before = ram.backing.used_bytes() >> 12
+        self._ram = ram
+        self._prover = prover
+        self._members = np.where(ram.ledger.entries == 0, wanted, np.uint8(Member.OUT)).astype(np.uint8)
+        self._protected: list[Run] = []
+        self._confirmed: dict[int, NDArray[np.bool_]] = {}
+
+    def leave(self, start: int, stop: int) -> None:
+        """Take pfns ``[start, stop)`` out. To be called before anything that happened to them is answered."""
+        part = self._members[start:stop]
+        if self.phase is not Phase.SIFTING:
+            self.counts["touched"] += int(np.count_nonzero(part))
+        part[:] = Member.OUT
+
+    def confirm(self, identifier: bytes, number: int, free: NDArray[np.bool_]) -> bool:
+        """A scan of the guest found these pages free; answers whether that counts for this epoch.
+
+        :param number: the scan's number, 1 to :data:`CONFIRM_ROUNDS`; each counts once.
+        :param free: shape ``(pages,)``.
+        """
+        if self.phase is Phase.DONE or not self.identifier or identifier != self.identifier:
+            return False
+        if not 1 <= number <= CONFIRM_ROUNDS or number in self._confirmed or free.shape != self._members.shape:
+            return False
+        self._confirmed[number] = free
+        return True
+
+    def wants_confirmation(self) -> bool:
+        """Is there an UNUSED candidate?"""
+        return bool(np.any(self._members == Member.UNUSED))
+
+    def abandon(self, why: str) -> None:
+        """Stop discarding; :meth:`steps` goes on to unprotect."""
+        self.note = self.note or why
+        self._give_up(Member.COPY, "unmatched")
+        self._give_up(Member.UNUSED, "unconfirmed")
+
+    def steps(self) -> Iterator[Step]:
+        """The epoch's work, in slices of about a millisecond; iterate until it ends.
+
+        :raise PeerLost: QEMU is gone.
+        """
+        try:
+            yield from self._sift()
+            yield from self._timed("protect", self._protect())
+            self.identifier = os.urandom(8) + self.number.to_bytes(8, "big")
+            yield from self._timed("prove", self._prove_copies())
+            yield from self._timed("confirm", self._await_confirmation())
+            yield from self._timed("discard", self._discard_unused())
+        except OSError as error:
+            # The host has no memory for page tables or for punching: what is done is done right, the rest stays.
+            self.abandon(f"abandoned: {error.strerror or error}")
+        self._members[:] = Member.OUT
+        yield from self._timed("protect", self._unprotect())
+        self.phase = Phase.DONE
+
+    def _timed(self, name: str, steps: Iterator[Step]) -> Iterator[Step]:
+        """Charge the time between giving way and coming back to nobody but ourselves."""
+        while True:
+            start = time.monotonic()
+            step = next(steps, None)
+            self.seconds[name] += time.monotonic() - start
+            if step is None:
+                return
+            waiting = time.monotonic()
+            yield step
+            if step is Step.CONFIRM:
+                self.seconds[name] += time.monotonic() - waiting
+
+    def _sift(self) -> Iterator[Step]:
+        pfns = np.flatnonzero(self._members == Member.SIFT)
+        self._members[pfns] = Member.OUT
+        for chunk in _chunks(pfns, self._prover.pages):
+            promising = chunk[self._prover.promising(chunk)]
+            self._members[promising] = Member.COPY
+            yield Step.WORK
+
+    def _protect(self) -> Iterator[Step]:
+        self.phase = Phase.PROTECTING
+        until = time.monotonic() + _SLICE_SECONDS
+        for run in runs_of(self._members != Member.OUT):
+            # Noted first: a protection that fails half-way has protected some of the run.
+            self._protected.append(run)
+            self._ram.protect(run)
+            if time.monotonic() > until:
+                yield Step.WORK
+                until = time.monotonic() + _SLICE_SECONDS
+        self._drop_absent()
+        self.counts["candidates"] = int(np.count_nonzero(self._members)) + self.counts["touched"]
+
+    def _drop_absent(self) -> None:
+        if self._protected:
+            start, stop = self._protected[0].start, self._protected[-1].stop
+            self._members[start:stop][~self._ram.backing.presence(start, stop)] = Member.OUT
+
+    def _prove_copies(self) -> Iterator[Step]:
+        self.phase = Phase.PROVING
+        for _ in range(_NOT_CACHED_PASSES):
+            pfns = np.flatnonzero(self._members == Member.COPY)
+            if not len(pfns):
+                return
+            waited = False
+            for chunk in _chunks(pfns, self._prover.pages):
+                chunk = chunk[self._members[chunk] == Member.COPY]
+                waited |= self._prove_chunk(chunk)
+                yield Step.WORK
+                if time.monotonic() > self.deadline:
+                    self.note = self.note or "the deadline came before all copies were compared"
+                    self._give_up(Member.COPY, "unmatched")
+                    return
+            if not waited:
+                break
+            yield Step.DISK
+        self._give_up(Member.COPY, "unmatched")
+
+    def _prove_chunk(self, pfns: NDArray[np.int64]) -> bool:
+        """Discard what of ``pfns`` is proven; answers whether some must wait for the disk."""
+        if not len(pfns):
+            return False
+        entries, postponed = self._prover.prove(pfns)
+        proven = entries != 0
+        # No event was answered since the membership was looked at: all of these are still in.
+        self._discard(pfns[proven], entries[proven])
+        unmatched = ~proven & ~postponed
+        self.counts["unmatched"] += int(np.count_nonzero(unmatched))
+        self._members[pfns[~postponed]] = Member.OUT
+        return bool(np.any(postponed))
+
+    def _await_confirmation(self) -> Iterator[Step]:
+        self.phase = Phase.CONFIRMING
+        while self.wants_confirmation() and len(self._confirmed) < CONFIRM_ROUNDS:
+            if time.monotonic() > self.deadline:
+                self.note = self.note or "the guest agent did not confirm in time"
+                break
+            yield Step.CONFIRM
+
+    def _discard_unused(self) -> Iterator[Step]:
+        self.phase = Phase.DISCARDING
+        if len(self._confirmed) == CONFIRM_ROUNDS:
+            free = np.logical_and.reduce(list(self._confirmed.values()))
+            for chunk in _chunks(np.flatnonzero(free & (self._members == Member.UNUSED)), _DISCARD_PAGES):
+                chunk = chunk[self._members[chunk] == Member.UNUSED]
+                self._discard(chunk, np.full(len(chunk), ZERO_ENTRY, dtype=np.uint64))
+                self._members[chunk] = Member.OUT
+                yield Step.WORK
+        self._give_up(Member.UNUSED, "unconfirmed")
+
+    def _discard(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> None:
+        if not len(pfns):
+            return
+        self._ram.discard(pfns, entries, runs_of_pfns(pfns))
+        zero = int(np.count_nonzero(entries == np.uint64(ZERO_ENTRY)))
+        self.counts["proven"] += len(pfns)
+        self.counts["discarded_zero"] += zero
+        self.counts["discarded_layer"] += len(pfns) - zero
+
+    def _give_up(self, member: Member, count: str) -> None:
+        pfns = np.flatnonzero(self._members == member)
+        self._members[pfns] = Member.OUT
+        self.counts[count] += len(pfns)
+
+    def _unprotect(self) -> Iterator[Step]:
+        until = time.monotonic() + _SLICE_SECONDS
+        for run in self._protected:
+            self._ram.unprotect(run)
+            if time.monotonic() > until:
+                yield Step.WORK
+                until = time.monotonic() + _SLICE_SECONDS
+
+
+def _chunks(pfns: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(pfns), size):
+        yield pfns[start : start + size]

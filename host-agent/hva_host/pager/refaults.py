@@ -1,0 +1,242 @@
+"""Answers to faults: from the ledger, in runs, checked, and never wrong.
+
+Ordering, kept by every answer here:
+
+1. the pages leave the epoch,
+2. the bytes are read and checked,
+3. the page is filled (``UFFDIO_COPY``/``UFFDIO_ZEROPAGE``), which also wakes who waits,
+4. its ledger entry is erased. Killed between 3 and 4: present with an entry, and presence wins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from hva_host.memory.layers import LayerBetrayed, NotCached
+from hva_host.memory.ledger import NO_ENTRY, Counter, entry_block, entry_kind, entry_layer
+from hva_host.memory.userfaultfd import Fault, Fill, FillResult
+from hva_host.pager.fetch import Fetched, Fetcher
+from hva_host.pager.ram import PageBuffer, Ram
+from hva_host.pager.stalls import Stalls
+from hvaqemu.errors import PeerLost
+from hvaqemu.pages import PAGE_SHIFT, Residence, Run
+
+#: The longest run filled at once, in pages. 64 gains nothing over 16 a wake-up, but reading ahead uses it.
+AROUND_MAX = 64
+#: A run on an access that continues no earlier one: a random reader pays for one page.
+_AROUND_FIRST = 1
+_STREAMS = 16
+_RETRY_SECONDS = 0.005
+
+
+class Held(NamedTuple):
+    """A fault that must not be answered."""
+
+    layer: str
+    reason: str
+
+
+class _Streams:
+    """Sequential accesses under way: where each continues, and how long its next run may be."""
+
+    def __init__(self) -> None:
+        self._next: OrderedDict[int, int] = OrderedDict()
+
+    def length(self, pfn: int) -> int:
+        """Pages to fill for an access to ``pfn``."""
+        return self._next.pop(pfn, _AROUND_FIRST)
+
+    def filled(self, run: Run, length: int) -> None:
+        """A run was filled for an access that might have had ``length`` pages."""
+        self._next[run.stop] = min(length * 2, AROUND_MAX)
+        if len(self._next) > _STREAMS:
+            self._next.popitem(last=False)
+
+
+class Refaults:
+    """Answers faults of one VM.
+
+    :param leave: told of every run before it is answered (the epoch's ``leave``).
+    """
+
+    def __init__(self, ram: Ram, leave: Callable[[int, int], None], fetcher: Fetcher) -> None:
+        self._ram = ram
+        self._leave = leave
+        self._fetcher = fetcher
+        self._buffer = PageBuffer(AROUND_MAX)
+        self._streams = _Streams()
+        self._waiting: dict[int, float] = {}
+        self._retry: dict[int, float] = {}
+        self._steps = np.arange(AROUND_MAX, dtype=np.uint64)
+        self.held: dict[int, Held] = {}
+        self.stalls = Stalls()
+
+    def answer(self, faults: list[Fault], ready_at: float) -> None:
+        """Answer what was read from the userfaultfd.
+
+        :param ready_at: when the faults became readable, on the monotonic clock, in seconds.
+        :raise PeerLost: QEMU is gone.
+        """
+        for fault in faults:
+            pfn = self._ram.pfn(fault.address)
+            if pfn is None:
+                # Only RAM was registered, so this is no address of ours to fill; let the kernel sort it out.
+                self._ram.uffd.wake(fault.address, 1 << PAGE_SHIFT)
+            elif fault.write_protect:
+                self._leave(pfn, pfn + 1)
+                self._ram.unprotect(Run(pfn, 1))
+                self._ram.ledger.count(Counter.WRITE_FAULTS)
+                self.stalls.add(time.monotonic() - ready_at)
+            else:
+                self._waiting[pfn] = ready_at
+                self.fill(pfn, self._streams.length(pfn))
+
+    def fill(self, pfn: int, length: int) -> int:
+        """Make a page resident, and up to ``length`` - 1 pages behind it that come from the same place.
+
+        :return: pages filled now; 0 if the page is being fetched, is held, or must be tried again later.
+        :raise PeerLost: QEMU is gone.
+        """
+        ram = self._ram
+        entry = int(ram.ledger.entries[pfn])
+        kind = entry_kind(entry)
+        if kind in (Residence.RESIDENT, Residence.ZERO):
+            run = self._zero_run(pfn, length)
+            self._leave(run.start, run.stop)
+            return self._filled(run, length, ram.uffd.zero(ram.address(pfn), run.count << PAGE_SHIFT))
+        if kind == Residence.LAYER:
+            return self._fill_from_layer(entry, self._layer_run(pfn, entry, length), length)
+        self._hold(Run(pfn, 1), "ledger", f"damaged entry {entry:#018x}")
+        return 0
+
+    def fetched(self, result: Fetched) -> None:
+        """Apply bytes a helper thread fetched, if the entries are still those it fetched for.
+
+        :raise PeerLost: QEMU is gone.
+        """
+        run = result.run
+        entries = self._ram.ledger.entries[run.start : run.stop]
+        changed = np.flatnonzero(entries != np.uint64(result.entry) + np.arange(run.count, dtype=np.uint64))
+        count = int(changed[0]) if len(changed) else run.count
+        if count == 0:
+            # Somebody was faster with the first page, the one that is waited for; it may wait for another reason now.
+            self._waiting.pop(run.start, None)
+            self._ram.wake(Run(run.start, 1))
+        elif result.error:
+            self._hold(Run(run.start, 1), result.layer, result.error)
+        else:
+            whole = Run(run.start, count)
+            self._buffer.view[: count << PAGE_SHIFT] = result.data[: count << PAGE_SHIFT]
+            self._serve_checked(result.entry, whole, count)
+
+    def resume(self) -> int:
+        """Try the held faults again; answers how many are still held.
+
+        :raise PeerLost: QEMU is gone.
+        """
+        for pfn in list(self.held):
+            del self.held[pfn]
+            self.fill(pfn, 1)
+        return len(self.held)
+
+    def retry(self, now: float) -> float | None:
+        """Try again what the host had no memory for; answers when to call next (monotonic seconds), if at all.
+
+        :raise PeerLost: QEMU is gone.
+        """
+        for pfn in [pfn for pfn, when in self._retry.items() if when <= now]:
+            del self._retry[pfn]
+            self.fill(pfn, 1)
+        return min(self._retry.values(), default=None)
+
+    def _zero_run(self, pfn: int, length: int) -> Run:
+        """Pages from ``pfn`` on that come back as zeros. A RESIDENT one among them ends the fill, not the bytes."""
+        if length == 1:
+            return Run(pfn, 1)
+        kinds = self._ram.ledger.entries[pfn : pfn + length] >> np.uint64(60)
+        other = np.flatnonzero(kinds > Residence.ZERO)
+        return Run(pfn, int(other[0]) if len(other) else len(kinds))
+
+    def _layer_run(self, pfn: int, entry: int, length: int) -> Run:
+        if length == 1:
+            return Run(pfn, 1)
+        entries = self._ram.ledger.entries[pfn : pfn + length]
+        other = np.flatnonzero(entries != np.uint64(entry) + self._steps[: len(entries)])
+        return Run(pfn, int(other[0]) if len(other) else len(entries))
+
+    def _fill_from_layer(self, entry: int, run: Run, length: int) -> int:
+        slot, block = entry_layer(entry), entry_block(entry)
+        layer = self._ram.layers.get(slot)
+        if layer is None:
+            self._hold(Run(run.start, 1), f"slot {slot}", self._ram.broken.get(slot, "no such layer"))
+            return 0
+        if block + run.count > layer.blocks:
+            if block >= layer.blocks:
+                self._hold(Run(run.start, 1), str(layer.path), f"no block {block}")
+                return 0
+            run = Run(run.start, layer.blocks - block)
+        try:
+            layer.read(block, run.count, self._buffer.view, wait=False)
+        except NotCached:
+            self._fetcher.fetch(layer, block, run, entry)
+            return 0
+        except LayerBetrayed as error:
+            if run.count > 1:
+                return self._fill_from_layer(entry, Run(run.start, 1), 1)
+            self._hold(run, str(layer.path), error.message)
+            return 0
+        return self._serve_checked(entry, run, length)
+
+    def _serve_checked(self, entry: int, run: Run, length: int) -> int:
+        """Fill from the buffer what is right in it."""
+        layer = self._ram.layers[entry_layer(entry)]
+        right = layer.check(entry_block(entry), run.count, self._buffer.view)
+        if right == 0:
+            self._hold(Run(run.start, 1), str(layer.path), f"block {entry_block(entry)} has changed")
+            return 0
+        run = Run(run.start, right)
+        self._leave(run.start, run.stop)
+        ram = self._ram
+        return self._filled(
+            run, length, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.count << PAGE_SHIFT)
+        )
+
+    def _filled(self, run: Run, length: int, result: FillResult) -> int:
+        ram = self._ram
+        count = result.filled >> PAGE_SHIFT
+        if count:
+            ram.ledger.entries[run.start : run.start + count] = NO_ENTRY
+            ram.ledger.count(Counter.REFAULTS)
+            ram.ledger.count(Counter.REFAULT_PAGES, count)
+            self._streams.filled(Run(run.start, count), length)
+        elif result.outcome is Fill.PRESENT:
+            ram.ledger.entries[run.start] = NO_ENTRY
+            ram.wake(Run(run.start, 1))
+        elif result.outcome is Fill.AGAIN:
+            self._retry[run.start] = 0.0
+            return 0
+        elif result.outcome is Fill.NO_MEMORY:
+            self._retry[run.start] = time.monotonic() + _RETRY_SECONDS
+            return 0
+        elif result.outcome is Fill.GONE:
+            raise PeerLost("QEMU is gone")
+        self._answered(run.start, max(count, 1))
+        return count
+
+    def _answered(self, start: int, count: int) -> None:
+        """Every wait in the run is over, also of those who wait for a page that came by fault-around."""
+        if not self._waiting:
+            return
+        now = time.monotonic()
+        pfns = range(start, start + count)
+        for pfn in [pfn for pfn in self._waiting if pfn in pfns]:
+            self.stalls.add(now - self._waiting.pop(pfn))
+
+    def _hold(self, run: Run, layer: str, reason: str) -> None:
+        for pfn in range(run.start, run.stop):
+            self.held[pfn] = Held(layer, reason)

@@ -1,0 +1,49 @@
+"""How long faults waited: a histogram of bounded size."""
+
+from __future__ import annotations
+
+import math
+
+#: Buckets a factor of two of time; a quantile is right to within 2 ** (1 / 8), about 9 %.
+_PER_OCTAVE = 8
+_SHORTEST = 1e-7
+_BUCKETS = 40 * _PER_OCTAVE
+
+
+class Stalls:
+    """Waiting times in seconds, from 0.1 µs to a day."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum = 0.0
+        self.longest = 0.0
+        self._buckets = [0] * _BUCKETS
+
+    def add(self, seconds: float) -> None:
+        """Count one wait."""
+        self.count += 1
+        self.sum += seconds
+        if seconds > self.longest:
+            self.longest = seconds
+        bucket = int(math.log2(seconds / _SHORTEST) * _PER_OCTAVE) if seconds > _SHORTEST else 0
+        self._buckets[min(bucket, _BUCKETS - 1)] += 1
+
+    def quantile(self, share: float) -> float:
+        """The wait, in seconds, that a ``share`` (0 to 1) of all waits did not exceed; 0.0 if there were none."""
+        wanted = share * self.count
+        seen = 0
+        for bucket, count in enumerate(self._buckets):
+            seen += count
+            if count and seen >= wanted:
+                return float(min(_SHORTEST * 2 ** ((bucket + 1) / _PER_OCTAVE), self.longest))
+        return 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures ``status`` shows; times in seconds."""
+        return {
+            "count": self.count,
+            "sum_s": self.sum,
+            "median_s": self.quantile(0.5),
+            "p99_s": self.quantile(0.99),
+            "longest_s": self.longest,
+        }

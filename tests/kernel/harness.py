@@ -1,0 +1,146 @@
+"""What the kernel tests share: a guest without QEMU, and golden layers."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from hva_host.memory.index import build_index
+from hva_host.memory.layers import Layer
+from hva_host.pager.attach import attach
+from hva_host.pager.epoch import Epoch, Member
+from hva_host.pager.fetch import Fetcher
+from hva_host.pager.prove import Prover
+from hva_host.pager.refaults import Refaults
+
+PAGE = 4096
+PAGES = 64
+ZERO = bytes(PAGE)
+
+
+class Guest:
+    """A child with RAM, and a pager in this process that answers only when a test says so."""
+
+    def __init__(self, pages: int = PAGES) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("vcpu.py")), str(pages)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.address = int(self.child.stdout.readline().split()[0])
+        self.pidfd = os.pidfd_open(self.child.pid)
+        self.ram = attach(self.child.pid, self.pidfd)
+        self.fetcher = Fetcher()
+        self.prover = Prover(self.ram)
+        self.epoch: Epoch | None = None
+        self.refaults = Refaults(self.ram, self._leave, self.fetcher)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+        self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout):
+            if stream is not None:
+                stream.close()
+        self.fetcher.close()
+        self.ram.uffd.close()
+        self.ram.backing.close()
+        os.close(self.pidfd)
+        os.close(self.ram.ledger.fd)
+
+    def _leave(self, start: int, stop: int) -> None:
+        if self.epoch is not None:
+            self.epoch.leave(start, stop)
+
+    def send(self, line: str) -> None:
+        """Tell the vCPU to touch something; it may wait in a fault then."""
+        assert self.child.stdin is not None
+        self.child.stdin.write(line + "\n")
+
+    def answered(self, timeout: float = 0.0) -> bool:
+        """Has the vCPU answered within ``timeout`` seconds?"""
+        return bool(select.select([self.child.stdout], [], [], timeout)[0])
+
+    def serve(self) -> int:
+        """Answer the faults there are now; answers how many."""
+        faults = self.ram.uffd.read()
+        self.refaults.answer(faults, time.monotonic())
+        for result in self.fetcher.results():
+            self.refaults.fetched(result)
+        return len(faults)
+
+    def reply(self) -> str:
+        """Answer faults until the vCPU is through, and what it said."""
+        deadline = time.monotonic() + 10
+        while not self.answered(0.001):
+            self.serve()
+            assert time.monotonic() < deadline, "the vCPU still waits"
+        assert self.child.stdout is not None
+        return self.child.stdout.readline().strip()
+
+    def write(self, pfn: int, text: str) -> None:
+        """Have the vCPU write, serving its faults."""
+        self.send(f"w {pfn} {text}")
+        assert self.reply() == "ok"
+
+    def checksum(self, pfn: int) -> int:
+        """CRC-32 of the page as the vCPU reads it, serving its faults."""
+        self.send(f"r {pfn}")
+        return int(self.reply().split()[1])
+
+    def fill(self, pfn: int, data: bytes) -> None:
+        """Put a page into RAM through the memfd, as a guest that has it."""
+        os.pwrite(self.ram.backing.fd, data, pfn * PAGE)
+
+    def begin(self, members: dict[int, Member], seconds: float = 5.0) -> Epoch:
+        """An epoch over some pages; a test iterates its steps."""
+        wanted = np.zeros(self.ram.pages, dtype=np.uint8)
+        for pfn, member in members.items():
+            wanted[pfn] = member
+        self.epoch = Epoch(self.ram, self.prover, wanted, time.monotonic() + seconds)
+        return self.epoch
+
+    def confirm_all(self, epoch: Epoch) -> None:
+        """Both scans find every page free."""
+        free = np.ones(self.ram.pages, dtype=np.bool_)
+        assert epoch.confirm(epoch.identifier, 1, free)
+        assert epoch.confirm(epoch.identifier, 2, free)
+
+    def run(self, epoch: Epoch, *, confirm: bool = True) -> None:
+        """Run an epoch to its end, confirming once it asks."""
+        for _ in epoch.steps():
+            if confirm and epoch.identifier and epoch.wants_confirmation() and not epoch._confirmed:
+                self.confirm_all(epoch)
+
+
+def crc(data: bytes) -> int:
+    """As the vCPU computes it."""
+    return zlib.crc32(data)
+
+
+def block(seed: int) -> bytes:
+    """4 KiB of reproducible noise."""
+    return random.Random(seed).randbytes(PAGE)
+
+
+def make_layer(folder: Path, blocks: list[bytes], name: str = "golden.raw") -> Layer:
+    """A layer of these blocks, indexed."""
+    path = folder / name
+    path.write_bytes(b"".join(blocks))
+    build_index(path, folder / f"{name}.idx")
+    return Layer(path, folder / f"{name}.idx")

@@ -1,0 +1,271 @@
+"""The discard transaction: whatever happens between its steps, nothing but what is proven goes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hva_host.pager.epoch import Epoch, Member, Phase, Step
+from hvaqemu.pages import Residence, Run
+from tests.kernel.harness import PAGES, ZERO, Guest, block, crc, make_layer
+
+
+def kinds(guest: Guest) -> list[int]:
+    return [int(entry) >> 60 for entry in guest.ram.ledger.entries]
+
+
+def until(steps: Iterator[Step], epoch: Epoch, phase: Phase) -> None:
+    for _ in steps:
+        if epoch.phase is phase:
+            return
+    raise AssertionError(f"the epoch never was {phase}")
+
+
+def test_unused_goes_only_after_two_scans(guest: Guest) -> None:
+    guest.write(1, "old")
+    guest.run(guest.begin({1: Member.UNUSED}, seconds=0.05), confirm=False)
+    assert kinds(guest)[1] == Residence.RESIDENT
+    epoch = guest.begin({1: Member.UNUSED}, seconds=0.2)
+    free = np.ones(PAGES, dtype=np.bool_)
+    for _ in epoch.steps():
+        if epoch.identifier:
+            epoch.confirm(epoch.identifier, 1, free)
+            assert not epoch.confirm(epoch.identifier, 1, free), "a repeated answer counts once"
+    assert kinds(guest)[1] == Residence.RESIDENT
+    assert epoch.counts["unconfirmed"] == 1
+    assert "did not confirm" in epoch.note
+    guest.run(guest.begin({1: Member.UNUSED}))
+    assert kinds(guest)[1] == Residence.ZERO
+
+
+def test_late_repeated_and_foreign_confirmations_count_for_nothing(guest: Guest) -> None:
+    guest.write(1, "old")
+    earlier = guest.begin({1: Member.UNUSED}, seconds=0.05)
+    guest.run(earlier, confirm=False)
+    free = np.ones(PAGES, dtype=np.bool_)
+    assert not earlier.confirm(earlier.identifier, 1, free), "late"
+    epoch = guest.begin({1: Member.UNUSED}, seconds=0.1)
+    assert not epoch.confirm(b"", 1, free), "before anything is protected there is nothing to answer"
+    for _ in epoch.steps():
+        assert not epoch.confirm(earlier.identifier, 1, free), "an earlier epoch's"
+        assert not epoch.confirm(os.urandom(16), 1, free), "nobody's"
+        if epoch.identifier:
+            assert not epoch.confirm(epoch.identifier, 3, free), "a round never asked for"
+            assert not epoch.confirm(epoch.identifier, 0, free)
+            assert not epoch.confirm(epoch.identifier, 1, free[:-1]), "of another guest"
+    assert kinds(guest)[1] == Residence.RESIDENT
+
+
+def test_a_page_not_free_in_one_scan_stays(guest: Guest) -> None:
+    for pfn in (1, 2):
+        guest.write(pfn, "x")
+    epoch = guest.begin({1: Member.UNUSED, 2: Member.UNUSED})
+    first, second = np.ones(PAGES, dtype=np.bool_), np.ones(PAGES, dtype=np.bool_)
+    second[2] = False
+    for _ in epoch.steps():
+        if epoch.identifier:
+            epoch.confirm(epoch.identifier, 1, first)
+            epoch.confirm(epoch.identifier, 2, second)
+    assert kinds(guest)[1:3] == [Residence.ZERO, Residence.RESIDENT]
+
+
+@pytest.mark.parametrize("phase", [Phase.PROVING, Phase.CONFIRMING])
+def test_a_write_between_protect_and_discard_keeps_the_page(guest: Guest, tmp_path: Path, phase: Phase) -> None:
+    guest.ram.add_layer(make_layer(tmp_path, [block(i) for i in range(PAGES)]))
+    for pfn in range(8):
+        guest.fill(pfn, block(pfn))
+    members = {pfn: Member.UNUSED if pfn % 2 else Member.COPY for pfn in range(8)}
+    epoch = guest.begin(members)
+    steps = epoch.steps()
+    if phase is Phase.PROVING:
+        next(steps)
+        while not epoch.identifier:
+            next(steps)
+    else:
+        until(steps, epoch, phase)
+    guest.write(1, "written-now")
+    wanted = b"written-now" + block(1)[11:]
+    guest.confirm_all(epoch)
+    for _ in steps:
+        pass
+    assert kinds(guest)[1] == Residence.RESIDENT
+    assert guest.checksum(1) == crc(wanted)
+    assert epoch.counts["touched"] == 1
+    assert [guest.checksum(pfn) for pfn in (0, 2, 4)] == [crc(block(pfn)) for pfn in (0, 2, 4)]
+
+
+def test_a_write_that_waits_while_its_page_is_discarded_lands_on_the_same_bytes(guest: Guest, tmp_path: Path) -> None:
+    guest.ram.add_layer(make_layer(tmp_path, [block(0)]))
+    guest.fill(3, block(0))
+    epoch = guest.begin({3: Member.COPY})
+    steps = epoch.steps()
+    while not epoch.identifier:
+        next(steps)
+    guest.send("w 3 late")
+    time.sleep(0.05)
+    for _ in steps:
+        pass
+    assert kinds(guest)[3] == Residence.LAYER
+    assert guest.reply() == "ok"
+    assert guest.checksum(3) == crc(b"late" + block(0)[4:])
+
+
+def test_an_absent_page_is_not_discarded_by_the_epoch_that_protected_it(guest: Guest) -> None:
+    guest.write(20, "present")
+    epoch = guest.begin({9: Member.UNUSED, 10: Member.COPY, 20: Member.UNUSED})
+    steps = epoch.steps()
+    while not epoch.identifier:
+        next(steps)
+    guest.write(9, "fresh")
+    guest.write(10, "fresh")
+    guest.confirm_all(epoch)
+    for _ in steps:
+        pass
+    assert epoch.counts["candidates"] == 1
+    assert kinds(guest)[9:11] == [Residence.RESIDENT] * 2
+    assert guest.checksum(9) == crc(b"fresh" + ZERO[5:])
+
+
+def test_sifting_proposes_what_is_a_copy_and_protects_nothing_else(guest: Guest, tmp_path: Path) -> None:
+    guest.ram.add_layer(make_layer(tmp_path, [block(0)]))
+    guest.fill(1, block(0))
+    guest.fill(2, ZERO)
+    guest.fill(3, block(77))
+    epoch = guest.begin(dict.fromkeys((1, 2, 3), Member.SIFT))
+    guest.run(epoch)
+    assert epoch.counts["candidates"] == 2
+    assert kinds(guest)[1:4] == [Residence.LAYER, Residence.ZERO, Residence.RESIDENT]
+
+
+def test_protection_ends_with_the_epoch(guest: Guest) -> None:
+    guest.write(4, "x")
+    guest.run(guest.begin({4: Member.UNUSED}, seconds=0.02), confirm=False)
+    guest.send("w 4 y")
+    assert guest.answered(5), "a page still protected: nobody serves faults here"
+    assert guest.reply() == "ok"
+
+
+def test_an_abandoned_epoch_discards_nothing_more_and_unprotects(guest: Guest) -> None:
+    guest.write(4, "x")
+    epoch = guest.begin({4: Member.UNUSED})
+    steps = epoch.steps()
+    until(steps, epoch, Phase.CONFIRMING)
+    guest.confirm_all(epoch)
+    epoch.abandon("why not")
+    for _ in steps:
+        pass
+    assert kinds(guest)[4] == Residence.RESIDENT
+    assert (epoch.note, epoch.counts["unconfirmed"]) == ("why not", 1)
+
+
+def test_a_failed_punch_leaves_present_pages_without_entry(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest.write(4, "x")
+    guest.write(6, "x")
+    punch = guest.ram.backing.punch
+
+    def full(run: Run) -> None:
+        if run.start == 6:
+            raise OSError(12, "Cannot allocate memory")
+        punch(run)
+
+    monkeypatch.setattr(guest.ram.backing, "punch", full)
+    epoch = guest.begin({4: Member.UNUSED, 6: Member.UNUSED})
+    guest.run(epoch)
+    assert kinds(guest)[4] == Residence.ZERO
+    assert kinds(guest)[6] == Residence.RESIDENT
+    assert "Cannot allocate memory" in epoch.note
+
+
+actions = st.lists(
+    st.tuples(st.sampled_from(["read", "write", "punch", "none", "none"]), st.integers(0, 15)), min_size=0, max_size=24
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    plan=actions,
+    members=st.lists(st.sampled_from(list(Member)), min_size=16, max_size=16),
+    content=st.lists(st.sampled_from(["zero", "layer", "own", "absent"]), min_size=16, max_size=16),
+    free=st.lists(st.booleans(), min_size=16, max_size=16),
+    slice_pages=st.sampled_from([1, 3, 512]),
+)
+def test_no_interleaving_changes_a_byte_that_matters(
+    guest: Guest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[tuple[str, int]],
+    members: list[Member],
+    content: list[str],
+    free: list[bool],
+    slice_pages: int,
+) -> None:
+    """Reads, writes and balloon punches at every point where the pager gives way; the guest's view stays right."""
+    if not guest.ram.layers:
+        guest.ram.add_layer(make_layer(tmp_path_factory.mktemp("layer"), [block(i) for i in range(16)]))
+    monkeypatch.setattr(guest.prover, "pages", slice_pages)
+    monkeypatch.setattr("hva_host.pager.epoch._DISCARD_PAGES", slice_pages)
+    monkeypatch.setattr("hva_host.pager.epoch._SLICE_SECONDS", 0.0)
+    guest.ram.backing.punch(Run(0, PAGES))
+    guest.ram.ledger.entries[:] = 0
+    model = [ZERO] * 16
+    for pfn, kind in enumerate(content):
+        if kind != "absent":
+            model[pfn] = {"zero": ZERO, "layer": block(pfn), "own": block(pfn + 100)}[kind]
+            guest.fill(pfn, model[pfn])
+    # The guest says the truth: a page it calls free holds nothing that matters until it is written again.
+    matters = [not (members[pfn] is Member.UNUSED and free[pfn]) for pfn in range(16)]
+    written = [False] * 16
+    absent_at_protect: set[int] = set()
+    epoch = guest.begin(dict(enumerate(members)))
+    scan = np.zeros(PAGES, dtype=np.bool_)
+    plan = list(plan)
+
+    def act() -> None:
+        if not plan:
+            return
+        verb, pfn = plan.pop()
+        if verb == "read":
+            guest.checksum(pfn)
+        elif verb == "punch":
+            guest.ram.backing.punch(Run(pfn, 1))
+            if guest.ram.ledger.entries[pfn] == 0:
+                model[pfn] = ZERO
+        elif verb == "write":
+            text = f"w{len(plan):03}"
+            guest.write(pfn, text)
+            model[pfn] = text.encode() + model[pfn][4:]
+            written[pfn] = True
+            scan[pfn] = False
+
+    protected = False
+    for _ in epoch.steps():
+        if epoch.identifier and not protected:
+            protected = True
+            present = guest.ram.backing.presence(0, 16)
+            absent_at_protect = {pfn for pfn in range(16) if not present[pfn] and not guest.ram.ledger.entries[pfn]}
+        act()
+        if epoch.phase is Phase.CONFIRMING and not epoch._confirmed:
+            scan[:16] = [free[pfn] and not written[pfn] for pfn in range(16)]
+            epoch.confirm(epoch.identifier, 1, scan.copy())
+            act()
+            scan[:16] = [free[pfn] and not written[pfn] for pfn in range(16)]
+            epoch.confirm(epoch.identifier, 2, scan.copy())
+    for pfn in absent_at_protect:
+        assert guest.ram.ledger.entries[pfn] == 0
+    for pfn in range(16):
+        guest.send(f"r {pfn}")
+        head, checksum = guest.reply().split()
+        if matters[pfn]:
+            assert int(checksum) == crc(model[pfn]), pfn
+        elif written[pfn]:
+            assert bytes.fromhex(head)[:4] == model[pfn][:4], pfn
+    counts = epoch.counts
+    total = counts["discarded_zero"] + counts["discarded_layer"] + counts["touched"]
+    assert counts["candidates"] == total + counts["unmatched"] + counts["unconfirmed"]

@@ -1,0 +1,41 @@
+"""A child process in QEMU's place: it maps a RAM memfd, holds a userfaultfd, and touches pages when told.
+
+Run as a script: ``vcpu.py PAGES``. It prints the RAM's address, then obeys one line at a time on stdin:
+``r PFN`` answers the page as hex of its first 8 bytes and a checksum, ``w PFN TEXT`` writes TEXT at its start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import zlib
+
+from hva_host.memory.syscalls import userfaultfd
+
+PAGE = 4096
+
+
+def main(pages: int) -> None:
+    """Serve until stdin ends."""
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+    kept = [userfaultfd(), os.memfd_create("hva-ledger"), os.memfd_create("hva-store")]
+    ram = os.memfd_create("memory-backend-memfd")
+    os.ftruncate(ram, pages * PAGE)
+    memory = mmap.mmap(ram, pages * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    print(address, *kept, ram, flush=True)
+    for line in sys.stdin:
+        verb, pfn, *rest = line.split()
+        start = int(pfn) * PAGE
+        if verb == "r":
+            data = memory[start : start + PAGE]
+            print(data[:8].hex(), zlib.crc32(data), flush=True)
+        else:
+            memory[start : start + len(rest[0])] = rest[0].encode()
+            print("ok", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -184,17 +184,18 @@ def test_a_failed_punch_leaves_present_pages_without_entry(guest: Guest, monkeyp
 
 
 actions = st.lists(
-    st.tuples(st.sampled_from(["read", "write", "punch", "none", "none"]), st.integers(0, 15)), min_size=0, max_size=24
+    st.tuples(st.sampled_from(["read", "write", "write", "punch", "none"]), st.integers(0, 15)), min_size=8, max_size=40
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     plan=actions,
-    members=st.lists(st.sampled_from(list(Member)), min_size=16, max_size=16),
+    members=st.lists(st.sampled_from([*Member, Member.UNUSED, Member.UNUSED]), min_size=16, max_size=16),
     content=st.lists(st.sampled_from(["zero", "layer", "own", "absent"]), min_size=16, max_size=16),
-    free=st.lists(st.booleans(), min_size=16, max_size=16),
+    free=st.lists(st.sampled_from([True, True, False]), min_size=16, max_size=16),
     slice_pages=st.sampled_from([1, 3, 512]),
+    early=st.booleans(),
 )
 def test_no_interleaving_changes_a_byte_that_matters(
     guest: Guest,
@@ -205,6 +206,7 @@ def test_no_interleaving_changes_a_byte_that_matters(
     content: list[str],
     free: list[bool],
     slice_pages: int,
+    early: bool,
 ) -> None:
     """Reads, writes and balloon punches at every point where the pager gives way; the guest's view stays right."""
     if not guest.ram.layers:
@@ -251,7 +253,7 @@ def test_no_interleaving_changes_a_byte_that_matters(
             present = guest.ram.backing.presence(0, 16)
             absent_at_protect = {pfn for pfn in range(16) if not present[pfn] and not guest.ram.ledger.entries[pfn]}
         act()
-        if epoch.phase is Phase.CONFIRMING and not epoch._confirmed:
+        if epoch.identifier and (early or epoch.phase is Phase.CONFIRMING) and not epoch._confirmed:
             scan[:16] = [free[pfn] and not written[pfn] for pfn in range(16)]
             epoch.confirm(epoch.identifier, 1, scan.copy())
             act()

@@ -52,6 +52,20 @@ class Measure(Record):
     guest_free_bytes: int
 
 
+class Sample(Record):
+    """One point of a VM's timeline; cheap enough for several a second."""
+
+    #: Seconds since the VM started.
+    at_s: float
+    backing_bytes: int
+    zero_pages: int
+    layer_pages: int
+    preserved_pages: int
+    refault_pages: int
+    #: Pages by state in the guest's newest scan (names of ``PageState`` in lower case); empty before the first.
+    states: dict[str, int] = {}
+
+
 class PhaseSeconds(Record):
     """Where the time of an epoch went."""
 

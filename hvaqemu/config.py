@@ -1,116 +1,21 @@
-"""What a user writes about a VM and its image: frozen, strict, the same after a trip through JSON.
+"""What a user writes about a VM: frozen, strict, the same after a trip through JSON.
 
 Relative paths mean the folder of the file they stand in; :func:`load_vm` makes them absolute.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    RootModel,
-    StringConstraints,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import ModelWrapValidatorHandler, RootModel, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from hvaqemu import strict_yaml
-from hvaqemu.errors import ConfigError
+from hvaqemu.fields import Config, Count, Flag, HostPath, Location, Name, Seconds, Size, Text, absolute, complain
+from hvaqemu.image_config import DEFAULT_IMAGE, ImageConfig
 from hvaqemu.qemu.profile import PROFILES, MachineProfile
-from hvaqemu.units import MiB, parse_duration, parse_size
-
-VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-#: Debian Policy 5.6.1.
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
-
-
-class Config(BaseModel):
-    """A value a user wrote."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Location = tuple[str | int, ...]
-
-
-def complain(*complaints: tuple[Location, str]) -> None:
-    """Raise what is wrong with fields taken together, at the places below the model that asks; nothing: return."""
-    if complaints:
-        raise ValidationError.from_exception_data(
-            "config",
-            [
-                InitErrorDetails(
-                    type=PydanticCustomError("value_error", "{what}", {"what": what}), loc=where, input=None
-                )
-                for where, what in complaints
-            ],
-        )
-
-
-def _size(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str | float | bool):
-        return parse_size(value)  # type: ignore[arg-type]
-    raise ValueError("write a size, for example 512M")
-
-
-def _duration(value: object) -> object:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if isinstance(value, str | float | bool):
-        return parse_duration(value)
-    raise ValueError("write a duration, for example 30s")
-
-
-def _vm_name(value: str) -> str:
-    if VM_NAME.fullmatch(value) is None:
-        raise ValueError("must be 1 to 63 letters, digits, '.', '_' or '-', and begin with a letter or digit")
-    return value
-
-
-def _package(value: str) -> str:
-    if _PACKAGE.fullmatch(value) is None:
-        raise ValueError(f"{value!r} is not the name of a Debian package")
-    return value
-
-
-def _a_path(value: str) -> str:
-    if not value or "\0" in value:
-        raise ValueError("must be a path")
-    return value
-
-
-def _guest_path(value: str) -> str:
-    path = Path(value)
-    if not path.is_absolute() or ".." in path.parts or "\0" in value or path == Path("/"):
-        raise ValueError(f"{value!r} is not an absolute path of a file in the guest")
-    return value
-
-
-#: Bytes; written as a number or as text ("512M").
-Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
-#: Seconds; written as a number or as text ("200ms").
-Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Name = Annotated[str, AfterValidator(_vm_name)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-HostPath = Annotated[Path, BeforeValidator(lambda value: _a_path(value) if isinstance(value, str) else value)]
 
 
 class Accelerator(StrEnum):
@@ -118,29 +23,6 @@ class Accelerator(StrEnum):
 
     TCG = "tcg"
     KVM = "kvm"
-
-
-class ImageConfig(Config):
-    """A guest image of the user's own: a base and what is added to it."""
-
-    name: Name
-    base: Text = "debian-s390x"
-    packages: tuple[Annotated[str, AfterValidator(_package)], ...] = ()
-    #: Absolute path in the guest -> file on this host.
-    files: dict[Annotated[str, AfterValidator(_guest_path)], HostPath] = {}
-    #: Bytes of the root disk; None: as large as the base asks for.
-    size: Size | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if self.size is not None and (self.size % MiB or self.size == 0):
-            complain((("size",), "must be a whole number of MiB"))
-        return self
-
-    def resolved(self, folder: Path) -> ImageConfig:
-        """The same with absolute paths, where relative ones mean ``folder``."""
-        files = {inside: _absolute(folder, outside) for inside, outside in self.files.items()}
-        return self.model_copy(update={"files": files, "base": _image(self.base, folder)})
 
 
 def _image_value(value: object, _union: ValidatorFunctionWrapHandler) -> object:
@@ -169,7 +51,7 @@ class VmConfig(Config):
     memory: Size
     cpus: Count = 1
     #: An image's name, the path of a file that describes one, or the description itself.
-    image: Annotated[str | ImageConfig, WrapValidator(_image_value)] = "debian-s390x"
+    image: Annotated[str | ImageConfig, WrapValidator(_image_value)] = DEFAULT_IMAGE
     extra_disks: tuple[ExtraDisk, ...] = ()
     #: Whether the host may run commands in the guest.
     allow_exec: Flag = False
@@ -200,7 +82,7 @@ class VmConfig(Config):
 
     def resolved(self, folder: Path) -> VmConfig:
         """The same with absolute paths, where relative ones mean ``folder``."""
-        disks = tuple(disk.model_copy(update={"path": _absolute(folder, disk.path)}) for disk in self.extra_disks)
+        disks = tuple(disk.model_copy(update={"path": absolute(folder, disk.path)}) for disk in self.extra_disks)
         image = _image(self.image, folder) if isinstance(self.image, str) else self.image.resolved(folder)
         return self.model_copy(update={"extra_disks": disks, "image": image})
 
@@ -210,13 +92,9 @@ def image_path(image: str) -> Path | None:
     return Path(image) if "/" in image or image.endswith((".yaml", ".yml")) else None
 
 
-def _absolute(folder: Path, path: Path) -> Path:
-    return folder.absolute() / path.expanduser()
-
-
 def _image(image: str, folder: Path) -> str:
     path = image_path(image)
-    return image if path is None else str(_absolute(folder, path))
+    return image if path is None else str(absolute(folder, path))
 
 
 class _VmKey(Config):
@@ -239,26 +117,3 @@ def load_vm(path: Path) -> VmConfig:
     :raise ConfigError: naming the file, line and key.
     """
     return strict_yaml.load(path, _VmFile).root.resolved(path.parent)
-
-
-def load_image(path: Path) -> ImageConfig:
-    """The image a file describes; its paths absolute.
-
-    :raise ConfigError: naming the file, line and key.
-    """
-    return strict_yaml.load(path, ImageConfig).resolved(path.parent)
-
-
-def image_of(config: VmConfig) -> str | ImageConfig:
-    """What a VM's ``image:`` means: a built-in image's name, or a description, read from its file where it is a path.
-
-    :raise ConfigError: the file is wrong, or not there.
-    """
-    if isinstance(config.image, ImageConfig):
-        return config.image
-    path = image_path(config.image)
-    if path is None:
-        return config.image
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{path}: an image is described by a .yaml file", "name one, or an image of `image list`")
-    return load_image(path)

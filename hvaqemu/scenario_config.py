@@ -17,7 +17,8 @@ from pydantic import (
 )
 
 from hvaqemu import strict_yaml
-from hvaqemu.config import Config, Count, Location, Name, Seconds, Size, VmConfig, complain
+from hvaqemu.config import VmConfig
+from hvaqemu.fields import Config, Count, Location, Name, Seconds, Size, complain
 from hvaqemu.units import format_size
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hvaqemu.config import Accelerator, ExtraDisk, ImageConfig, VmConfig, image_of, load_image, load_vm
+from hvaqemu.config import Accelerator, ExtraDisk, VmConfig, image_path, load_vm
 from hvaqemu.errors import ConfigError
+from hvaqemu.image_config import ImageConfig, load_image
 from hvaqemu.units import GiB, MiB
 
 VM = "name: one\nmemory: 512M\n"
@@ -36,11 +37,10 @@ paths = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["
 )
 images = st.builds(
     ImageConfig,
-    name=names,
-    base=names,
+    name=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,39}", fullmatch=True).filter(lambda name: name != "debian-s390x"),
     packages=st.lists(st.from_regex(r"[a-z0-9][a-z0-9+.-]{1,20}", fullmatch=True), max_size=3),
     files=st.dictionaries(names.map(lambda name: f"/opt/{name}"), paths, max_size=3),
-    size=st.none() | st.integers(1, 4096).map(lambda count: count * MiB),
+    size=st.none() | st.integers(64, 4096).map(lambda count: count * MiB),
 )
 vms = st.builds(
     VmConfig,
@@ -87,7 +87,7 @@ def test_all_keys(tmp_path: Path) -> None:
     assert config.accelerator is Accelerator.KVM
     assert config.boot_timeout == 120.0
     assert [disk.path for disk in config.extra_disks] == [tmp_path / "data.raw", Path("/dev/loop9")]
-    image = image_of(config)
+    image = config.image
     assert isinstance(image, ImageConfig)
     assert (image.base, image.packages, image.size) == ("debian-s390x", ("fio", "stress-ng"), 2 * GiB)
     assert image.files == {"/opt/job.sh": tmp_path / "job.sh"}
@@ -100,17 +100,16 @@ def test_below_a_vm_key_and_beside_steps(tmp_path: Path) -> None:
 
 
 def test_image_file(tmp_path: Path) -> None:
-    write(tmp_path, "name: mine\nfiles: {/opt/a: a}\n", "mine.yaml")
-    config = load_vm(write(tmp_path, VM + "image: ./mine.yaml\n"))
-    image = load_image(tmp_path / "mine.yaml")
+    image = load_image(write(tmp_path, "name: mine\nfiles: {/opt/a: a}\nsize: 100000000\n", "mine.yaml"))
     assert image.files == {"/opt/a": tmp_path / "a"}
-    assert image_of(config) == image
+    assert image.size == 96 * MiB
 
 
-def test_image_that_is_no_description(tmp_path: Path) -> None:
-    config = load_vm(write(tmp_path, VM + "image: ./disk.img\n"))
-    with pytest.raises(ConfigError, match=r"disk\.img: an image is described by a \.yaml file"):
-        image_of(config)
+def test_image_by_path_is_relative_to_the_file(tmp_path: Path) -> None:
+    image = load_vm(write(tmp_path, VM + "image: ./mine.yaml\n")).image
+    assert isinstance(image, str)
+    assert image_path(image) == tmp_path / "mine.yaml"
+    assert image_path("debian-s390x") is None
 
 
 @pytest.mark.parametrize(
@@ -137,9 +136,15 @@ def test_image_that_is_no_description(tmp_path: Path) -> None:
         (VM + "boot_timeout: soon\n", "vm.yaml:3: key boot_timeout: 'soon' is not a duration"),
         (VM + "image: 5\n", "vm.yaml:3: key image: must be the name of an image"),
         (VM + "image: {name: x, pkgs: []}\n", "vm.yaml:3: key image.pkgs: is not a known key"),
-        (VM + "image: {name: x, size: 100}\n", "vm.yaml:3: key image.size: must be a whole number of MiB"),
+        (VM + "image: {name: x, size: 100}\n", "vm.yaml:3: key image.size: must be between 64M and 4T"),
         (VM + "image: {name: x, packages: ['-o']}\n", "vm.yaml:3: key image.packages[0]: '-o' is not the name of"),
-        (VM + "image: {name: x, files: {../a: b}}\n", "vm.yaml:3: key image.files.../a: '../a' is not an absolute"),
+        (
+            VM + "image: {name: x, files: {../a: b}}\n",
+            "vm.yaml:3: key image.files.../a: '../a' must be the",
+        ),
+        (VM + "image: {name: x, files: {/dev/a: b}}\n", "vm.yaml:3: key image.files./dev/a: '/dev/a' is in a place"),
+        (VM + "image: {name: debian-s390x}\n", "vm.yaml:3: key image.name: debian-s390x is the default image"),
+        (VM + "image: {name: x, base: y}\n", "vm.yaml:3: key image.base: 'y' is no image to build on"),
         (VM + "extra_disks:\n - path: a\n - path: a\n", "vm.yaml:5: key extra_disks[1].path: a is already disk 0"),
         (VM + "extra_disks:\n - path: ''\n", "vm.yaml:4: key extra_disks[0].path: must be a path"),
     ],

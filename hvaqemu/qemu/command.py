@@ -1,0 +1,169 @@
+"""QEMU's command line, as a pure function of what is to run.
+
+Whatever a user can name (paths above all) is given where QEMU takes a plain argument or JSON, never inside a comma
+list; the one place that has no other form doubles its commas. Sockets are inherited descriptors. Image formats are
+always explicit.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvaqemu.config import Accelerator, VmConfig
+from hvaqemu.qemu.profile import MachineProfile
+from hvaqemu.units import MiB
+
+#: Names of parts inside QEMU, for QMP.
+RAM_ID = "ram0"
+BALLOON_ID = "balloon0"
+GOLDEN_NODE = "golden"
+ROOT_NODE = "root"
+AGENT_PORT = "org.hvaqemu.agent.0"
+
+
+@dataclass(frozen=True)
+class RawDisk:
+    """A further disk, as it was found on this host."""
+
+    path: Path
+    read_only: bool
+    #: A device node, which QEMU opens with another driver than a file.
+    block_device: bool = False
+
+
+@dataclass(frozen=True)
+class LaunchFiles:
+    """The files a VM is started with."""
+
+    kernel: Path
+    initrd: Path
+    #: The kernel's command line without the project's own switches.
+    kernel_args: str
+    #: The raw image the root disk is based on; never written.
+    golden: Path
+    #: The qcow2 file that takes the guest's writes.
+    overlay: Path
+    #: QEMU appends what the guest's console prints.
+    console_log: Path
+    extra_disks: tuple[RawDisk, ...] = ()
+
+
+@dataclass(frozen=True)
+class LaunchSockets:
+    """Listening unix sockets that QEMU inherits, by descriptor number."""
+
+    qmp: int
+    agent: int
+
+
+def build_command(profile: MachineProfile, config: VmConfig, files: LaunchFiles, sockets: LaunchSockets) -> list[str]:
+    """The arguments to start QEMU with. The machine starts stopped: QMP ``cont`` runs it once a pager is attached."""
+    command = [profile.binary, "-name", f"guest={config.name},debug-threads=on"]
+    command += ["-no-user-config", "-nodefaults", "-display", "none", "-S"]
+    command += ["-machine", f"{profile.machine},memory-backend={RAM_ID}", "-accel", _accelerator(profile, config)]
+    command += ["-object", _json(_ram(config)), "-m", f"{config.memory // MiB}M", "-smp", str(config.cpus)]
+    command += ["-kernel", str(files.kernel), "-initrd", str(files.initrd), "-append", _kernel_args(config, files)]
+    for node in _nodes(files):
+        command += ["-blockdev", _json(node)]
+    command += ["-chardev", f"socket,id=qmp,fd={sockets.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
+    command += ["-chardev", f"socket,id=agent,fd={sockets.agent},server=on,wait=off"]
+    command += ["-chardev", f"file,id=console,path={_doubled(files.console_log)},append=on"]
+    command += ["-object", _json({"qom-type": "rng-builtin", "id": "rng0"})]
+    for device in _devices(profile, files):
+        command += ["-device", _json(device)]
+    # A guest that panicked stays for whoever looks at it; a child of QEMU would be unknown to the pager.
+    command += ["-action", "panic=pause"]
+    command += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny"]
+    return command
+
+
+def shell_line(command: Sequence[str]) -> str:
+    """``command`` as one line a shell understands."""
+    return shlex.join(command)
+
+
+def _json(value: dict[str, object]) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _doubled(path: Path) -> str:
+    """``path`` inside a comma list (QEMU, util/keyval.c: ',,' is a comma)."""
+    return str(path).replace(",", ",,")
+
+
+def _accelerator(profile: MachineProfile, config: VmConfig) -> str:
+    if config.accelerator is Accelerator.KVM:
+        return "kvm"
+    return f"tcg,tb-size={profile.tcg_tb_size},thread=multi"
+
+
+def _kernel_args(config: VmConfig, files: LaunchFiles) -> str:
+    return f"{files.kernel_args} hva.exec=1".strip() if config.allow_exec else files.kernel_args
+
+
+def _ram(config: VmConfig) -> dict[str, object]:
+    return {"qom-type": "memory-backend-memfd", "id": RAM_ID, "size": config.memory, "share": True}
+
+
+def _file(path: Path, read_only: bool) -> dict[str, object]:
+    return {
+        "driver": "file",
+        "filename": str(path),
+        "read-only": read_only,
+        "auto-read-only": False,
+        # Through the host's page cache: direct I/O pins guest pages and writes past their write protection.
+        "cache": {"direct": False, "no-flush": False},
+    }
+
+
+def _nodes(files: LaunchFiles) -> list[dict[str, object]]:
+    golden: dict[str, object] = {
+        "driver": "raw",
+        "node-name": GOLDEN_NODE,
+        "read-only": True,
+        "auto-read-only": False,
+        "file": _file(files.golden, read_only=True),
+    }
+    root: dict[str, object] = {
+        "driver": "qcow2",
+        "node-name": ROOT_NODE,
+        "read-only": False,
+        "auto-read-only": False,
+        "file": _file(files.overlay, read_only=False),
+        # Named here, so what the overlay's header says of its backing file is never looked at.
+        "backing": GOLDEN_NODE,
+    }
+    return [golden, root, *(_extra_node(index, disk) for index, disk in enumerate(files.extra_disks))]
+
+
+def _extra_node(index: int, disk: RawDisk) -> dict[str, object]:
+    driver = "host_device" if disk.block_device else "file"
+    return {
+        "driver": "raw",
+        "node-name": f"extra{index}",
+        "read-only": disk.read_only,
+        "auto-read-only": False,
+        "file": _file(disk.path, disk.read_only) | {"driver": driver},
+    }
+
+
+def _devices(profile: MachineProfile, files: LaunchFiles) -> list[dict[str, object]]:
+    """In the order the guest finds them: the root disk is its first disk."""
+    suffix = profile.virtio_suffix
+    disks = [_disk(suffix, ROOT_NODE), *(_disk(suffix, f"extra{index}") for index in range(len(files.extra_disks)))]
+    return [
+        {"driver": profile.console_device, "chardev": "console"},
+        *disks,
+        {"driver": f"virtio-serial{suffix}", "id": "serial0"},
+        {"driver": "virtserialport", "bus": "serial0.0", "chardev": "agent", "name": AGENT_PORT},
+        {"driver": f"virtio-balloon{suffix}", "id": BALLOON_ID},
+        {"driver": f"virtio-rng{suffix}", "rng": "rng0"},
+    ]
+
+
+def _disk(suffix: str, node: str) -> dict[str, object]:
+    return {"driver": f"virtio-blk{suffix}", "id": f"disk-{node}", "drive": node, "serial": node}

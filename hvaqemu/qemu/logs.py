@@ -1,0 +1,34 @@
+"""What QEMU and guests write, made fit for a terminal."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters: each becomes a visible escape. Line ends and tabs stay."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def tail(path: Path, size: int = 4096) -> str:
+    """The whole lines among the last ``size`` bytes of a log, printable; "" where there is no log."""
+    try:
+        with path.open("rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - size))
+            raw = file.read(size)
+    except OSError:
+        return ""
+    text = raw.decode(errors="replace")
+    if length > size:
+        text = text.partition("\n")[2] or text
+    return printable(text).strip()
+
+
+def one_line(text: str, lines: int = 3) -> str:
+    """The last lines of ``text`` as one."""
+    return " | ".join(text.split("\n")[-lines:])

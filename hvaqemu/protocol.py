@@ -12,8 +12,8 @@ import zlib
 from typing import Any, NamedTuple, Union
 
 from hvaqemu.errors import ProtocolError
-from hvaqemu.fields import U8, U16, U32, U64, Bytes, List, Pair, Sixteen, Text
 from hvaqemu.framing import Frame, encode_frame
+from hvaqemu.wire import U8, U16, U32, U64, Bytes, List, Pair, Sixteen, Text
 
 PORT_NAME = "org.hvaqemu.agent.0"
 

@@ -129,14 +129,15 @@ def classify(words: bytes, byteorder: str, swapcache: bool = True) -> bytes:
 
 
 def _refused_by_head(verdicts: int, heads: int, tails: int, pages: int) -> int:
-    """The copy verdicts that tails must give up, because their compound page's head does not have them.
+    """The copy verdicts that tails must give up, because the head before them, if any, does not have them.
 
     A tail shows its head's DIRTY, LOCKED and MLOCKED flags only on some kernels. All integers hold a byte a page, first
     page highest; the refusals spread rightwards through runs of tails, twice as far in each step.
     """
-    # Tails at the very beginning have lost their head: they spread a refusal like a head that refuses.
-    orphan = tails & (_COPIES << 8 * (pages - 1))
-    refused = (heads & ~verdicts) | orphan
+    everywhere = int.from_bytes(bytes((_COPIES,)) * pages, "big")
+    refused = everywhere & ~tails & ~(heads & verdicts)
+    # Tails at the very beginning have lost their head.
+    refused |= tails & (_COPIES << 8 * (pages - 1))
     spread = tails
     distance = 8
     while spread:

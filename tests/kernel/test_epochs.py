@@ -133,15 +133,15 @@ def test_an_absent_page_is_not_discarded_by_the_epoch_that_protected_it(guest: G
     assert guest.checksum(9) == crc(b"fresh" + ZERO[5:])
 
 
-def test_sifting_proposes_what_is_a_copy_and_protects_nothing_else(guest: Guest, tmp_path: Path) -> None:
+def test_sifting_proposes_zeros_and_protects_nothing_else(guest: Guest, tmp_path: Path) -> None:
     guest.ram.add_layer(make_layer(tmp_path, [block(0)]))
     guest.fill(1, block(0))
     guest.fill(2, ZERO)
     guest.fill(3, block(77))
     epoch = guest.begin(dict.fromkeys((1, 2, 3), Member.SIFT))
     guest.run(epoch)
-    assert epoch.counts["candidates"] == 2
-    assert kinds(guest)[1:4] == [Residence.LAYER, Residence.ZERO, Residence.RESIDENT]
+    assert epoch.counts["candidates"] == 1
+    assert kinds(guest)[1:4] == [Residence.RESIDENT, Residence.ZERO, Residence.RESIDENT]
 
 
 def test_protection_ends_with_the_epoch(guest: Guest) -> None:

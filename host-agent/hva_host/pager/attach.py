@@ -22,6 +22,7 @@ from hvaqemu.pages import PAGE_SHIFT, Run
 
 _UFFD = "anon_inode:[userfaultfd]"
 _LEDGER = "/memfd:hva-ledger (deleted)"
+_STORE = "/memfd:hva-store (deleted)"
 _RAM = "/memfd:memory-backend-memfd (deleted)"
 _SHIM_HINT = "start QEMU through hvaqemu, or with its shim in LD_PRELOAD"
 
@@ -106,6 +107,7 @@ def attach(pid: int, pidfd: int) -> Ram:
     """
     links = descriptors(pid)
     ledger_fd = _take(pidfd, links, _LEDGER, f"process {pid} has no ledger: it runs without the shim")
+    store_fd = _take(pidfd, links, _STORE, f"process {pid} has no store: it runs without the shim")
     ram_fd = _take(pidfd, links, _RAM, f"process {pid} has no guest RAM in a memfd")
     uffd = Userfaultfd(_take(pidfd, links, _UFFD, f"process {pid} has no userfaultfd: it runs without the shim"))
     if reason := pinned_by(pid):
@@ -116,7 +118,7 @@ def attach(pid: int, pidfd: int) -> Ram:
     ledger = Ledger(ledger_fd, backing.pages)
     uffd.handshake()
     uffd.register(base, backing.pages << PAGE_SHIFT)
-    ram = Ram(uffd, base, backing, ledger)
+    ram = Ram(uffd, base, backing, ledger, store_fd)
     _open_layers(ram)
     ram.erase_present(0, ram.pages)
     ram.unprotect(Run(0, ram.pages))

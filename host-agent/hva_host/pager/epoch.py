@@ -45,7 +45,7 @@ class Member(enum.IntEnum):
     COPY = 1
     #: Discard if the guest confirms it free.
     UNUSED = 2
-    #: Not worth protecting unless a look without protection finds zeros or a layer's bytes: then a COPY.
+    #: Not worth protecting unless a look without protection finds all zeros: then a COPY.
     SIFT = 3
 
 
@@ -165,7 +165,7 @@ class Epoch:
         pfns = np.flatnonzero(self._members == Member.SIFT)
         self._members[pfns] = Member.OUT
         for chunk in _chunks(pfns, self._prover.pages):
-            promising = chunk[self._prover.promising(chunk)]
+            promising = chunk[self._prover.look_zero(chunk)]
             self._members[promising] = Member.COPY
             yield Step.WORK
 

@@ -25,13 +25,9 @@ class Prover:
         self._guest = PageBuffer(pages)
         self._layer = PageBuffer(pages)
 
-    def promising(self, pfns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of ``pfns`` (ascending, shape ``(n,)``) may be copies. A hint: nothing is protected or compared."""
-        count = self._ram.backing.read(runs_of_pfns(pfns), self._guest.view)
-        found = zero_pages(self._guest.view, count)
-        for layer in self._ram.layers.values():
-            found |= layer.index.lookup(fingerprints(self._guest.view, count, layer.index.seed)) != NOT_FOUND
-        return found
+    def look_zero(self, pfns: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of ``pfns`` (ascending, shape ``(n,)``) are all zeros just now. A hint: nothing is protected."""
+        return zero_pages(self._guest.view, self._ram.backing.read(runs_of_pfns(pfns), self._guest.view))
 
     def prove(self, pfns: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """The ledger entries of protected pages whose bytes are zeros or a layer's; ``NO_ENTRY`` for the others.

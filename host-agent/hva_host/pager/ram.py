@@ -7,6 +7,7 @@ write unprotected present pages or punch holes (its balloon).
 from __future__ import annotations
 
 import mmap
+import os
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +27,21 @@ class Ram:
     :ivar layers: open layers by ledger slot; a recorded layer that can not be opened is in ``broken`` with the reason.
     """
 
-    def __init__(self, uffd: Userfaultfd, base: int, backing: Backing, ledger: Ledger) -> None:
+    def __init__(self, uffd: Userfaultfd, base: int, backing: Backing, ledger: Ledger, store_fd: int) -> None:
         if ledger.pages != backing.pages:
             raise ValueError(f"a ledger for {ledger.pages} pages does not fit a backing of {backing.pages}")
         self.uffd = uffd
         self.base = base
         self.backing = backing
         self.ledger = ledger
+        self._store_fd = store_fd
         self.pages = backing.pages
         self.layers: dict[int, Layer] = {}
         self.broken: dict[int, str] = {}
+
+    def store_bytes(self) -> int:
+        """What the compressed store occupies."""
+        return os.fstat(self._store_fd).st_blocks * 512
 
     def address(self, pfn: int) -> int:
         """Where QEMU has page ``pfn``."""

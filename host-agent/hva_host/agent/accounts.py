@@ -1,0 +1,45 @@
+"""What processes and files really occupy, read from /proc. Sizes are bytes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def _status_kib(pid: int, *names: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    return sum(int(found[name].split()[0]) for name in names if name in found)
+
+
+def own_memory(pid: int) -> int:
+    """Resident memory of a process without shared memory: for QEMU, without guest RAM (proc_pid_status(5), RssAnon
+    and RssFile); 0 if it is gone."""
+    return _status_kib(pid, "RssAnon", "RssFile") * 1024
+
+
+def all_memory(pid: int) -> int:
+    """Resident memory of a process, shared memory included; 0 if it is gone."""
+    return _status_kib(pid, "VmRSS") * 1024
+
+
+def uptime(start_time: int) -> float:
+    """Seconds since a process started.
+
+    :param start_time: clock ticks after boot (proc_pid_stat(5), field 22).
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_time / _TICKS
+
+
+def available() -> int:
+    """Memory the host can give to something new without swapping (proc_meminfo(5), MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

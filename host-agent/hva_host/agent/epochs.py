@@ -1,0 +1,115 @@
+"""One epoch from the host agent's side: ask the guest, have the pager do it, carry the confirmations between them.
+
+The pager alone decides and discards. Whatever goes wrong here (a guest that dies, lies or sleeps) at most leaves the
+pager without confirmation, and its own deadline ends the epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hva_host.agent.guest_exchange import ScanReport
+from hva_host.agent.guest_link import GuestLink
+from hva_host.agent.members import members
+from hva_host.agent.model import EpochStats, PhaseSeconds
+from hva_host.agent.pager_link import PagerLink
+from hva_host.pager.epoch import CONFIRM_ROUNDS
+from hvaqemu.errors import HvaError, PeerLost
+from hvaqemu.qemu.race import race
+from hvaqemu.scenario_config import ReclaimState
+
+_SCAN_SECONDS = 5.0
+_EPOCH_SECONDS = 3.0
+#: More for every million pages: two scans of the guest and the comparison of all its page cache.
+_EPOCH_SECONDS_PER_MILLION = 15.0
+_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the pager said of an epoch that ended."""
+
+    data: dict[str, Any]
+
+
+class EpochDriver:
+    """Runs one epoch at a time for one VM."""
+
+    def __init__(self, pages: int) -> None:
+        self._pages = pages
+        self._protected: asyncio.Future[dict[str, Any]] | None = None
+        self._done: asyncio.Future[dict[str, Any]] | None = None
+        #: The guest's newest report; the pager proves everything, so an old one only costs time.
+        self.report: ScanReport | None = None
+
+    def on_pager_event(self, name: str, data: dict[str, Any]) -> None:
+        """To be called with every event of the VM's pager."""
+        waiting = {"protected": self._protected, "epoch-done": self._done}.get(name)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(data)
+
+    async def run(
+        self, guest: GuestLink, pager: PagerLink, states: Collection[ReclaimState], *, sift: bool
+    ) -> EpochStats:
+        """One epoch.
+
+        :raise PeerLost: the pager went.
+        :raise DeadlineExceeded: the pager did not end the epoch in time.
+        :raise RefusedError: the pager refuses: a device pins RAM, or it is busy.
+        """
+        loop = asyncio.get_running_loop()
+        began = time.monotonic()
+        await self._scan(guest)
+        scanned = time.monotonic()
+        hello = guest.hello
+        if hello is not None and hello.checks_free_pages:
+            states = [state for state in states if state is not ReclaimState.UNUSED]
+        classes = self.report.classes if self.report is not None else None
+        wanted = members(classes, self._pages, states, sift=sift)
+        seconds = _EPOCH_SECONDS + _EPOCH_SECONDS_PER_MILLION * self._pages / 1e6
+        self._protected, self._done = loop.create_future(), loop.create_future()
+        try:
+            await pager.call("begin-epoch", {"seconds": seconds}, wanted.tobytes())
+            protected = await race(_result(self._protected), seconds + _GRACE_SECONDS, "pager: protection", pager.lost)
+            if protected["wants"]:
+                await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), seconds)
+            done = await race(_result(self._done), seconds + _GRACE_SECONDS, "pager: end of epoch", pager.lost)
+        finally:
+            self._protected = self._done = None
+        return _stats(done, scan=scanned - began, total=time.monotonic() - began)
+
+    async def _scan(self, guest: GuestLink) -> None:
+        try:
+            self.report = await guest.scan(_SCAN_SECONDS + _EPOCH_SECONDS_PER_MILLION * self._pages / 1e6)
+        except HvaError:
+            # A silent guest agent does not keep copies from being reclaimed: they need nothing from it.
+            return
+
+    async def _confirm(self, guest: GuestLink, pager: PagerLink, epoch: bytes, seconds: float) -> None:
+        try:
+            for number in range(1, CONFIRM_ROUNDS + 1):
+                free: NDArray[np.bool_] = await guest.confirm(epoch, number, seconds)
+                payload = np.packbits(free).tobytes()
+                await pager.call("confirm", {"epoch": epoch.hex(), "round": number}, payload)
+        except PeerLost:
+            if pager.lost.done():
+                raise
+        except HvaError:
+            # The pager waits until its deadline and says so in the epoch's note.
+            return
+
+
+async def _result(future: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
+    return await asyncio.shield(future)
+
+
+def _stats(done: dict[str, Any], *, scan: float, total: float) -> EpochStats:
+    seconds = PhaseSeconds(scan=scan, total=total, **done.pop("seconds"))
+    return EpochStats(**done, seconds=seconds)

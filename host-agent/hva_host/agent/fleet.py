@@ -1,0 +1,122 @@
+"""All VMs of this host agent."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hva_host.agent import records
+from hva_host.agent.plan import Progress
+from hva_host.agent.records import VmFolder
+from hva_host.agent.start import adopt_vm, check_free, command_of, end_orphan, start_vm
+from hva_host.agent.vm import Listener, Vm
+from hvaqemu.config import VmConfig
+from hvaqemu.errors import ConfigError, HvaError, PeerLost
+from hvaqemu.paths import runtime_dir
+from hvaqemu.qemu.process import StopTimeouts
+
+_DOWN = StopTimeouts()
+
+
+def _ignore(_name: str, _data: dict[str, Any]) -> None:
+    pass
+
+
+class Fleet:
+    """The VMs this process owns.
+
+    :param runtime: the runtime directory.
+    :param embedded: VMs die with this process; else they outlive it and the next host agent adopts them.
+    :param on_event: told of everything that happens to a VM, as a name and data fit for JSON.
+    """
+
+    def __init__(self, runtime: Path, *, embedded: bool = False, on_event: Listener = _ignore) -> None:
+        self._runtime = runtime
+        self._embedded = embedded
+        self._on_event = on_event
+        self._vms: dict[str, Vm] = {}
+        self._starting: set[str] = set()
+
+    async def start(self) -> None:
+        """Adopt the VMs nobody owns; what is left of dead ones is deleted."""
+        for name in records.names(self._runtime):
+            with suppress(ConfigError):
+                folder = VmFolder(self._runtime, name)
+                record = folder.load()
+                try:
+                    if record is None:
+                        raise PeerLost("half-started")
+                    self._vms[name] = await adopt_vm(folder, record, self._on_event)
+                except PeerLost:
+                    await end_orphan(folder)
+
+    async def up(self, config: VmConfig, progress: Progress) -> Vm:
+        """Start a VM and wait until its guest agent is connected.
+
+        :param config: with absolute paths.
+        :raise HvaError: what went wrong; nothing is left behind.
+        """
+        name = config.name
+        if (name in self._vms and self._vms[name].process.alive) or name in self._starting:
+            raise ConfigError(f"VM {name}: the name is taken", f"choose another, or 'hvaqemu down {name}' first")
+        if name in self._vms:
+            await self.down(name)
+        self._starting.add(name)
+        try:
+            folder = VmFolder(self._runtime, name)
+            try:
+                check_free(self._runtime, name)
+            except ConfigError:
+                folder.release()
+                raise
+            vm = await start_vm(config, folder, progress, self._on_event, die_with_parent=self._embedded)
+            self._vms[name] = vm
+            return vm
+        finally:
+            self._starting.discard(name)
+
+    async def down(self, name: str) -> str:
+        """End a VM and delete what it leaves; how it ended.
+
+        :raise ConfigError: no such VM.
+        :raise DeadlineExceeded: QEMU can not be ended.
+        """
+        vm = self.get(name)
+        how = await vm.stop(_DOWN)
+        vm.folder.remove()
+        del self._vms[name]
+        return how
+
+    def get(self, name: str) -> Vm:
+        """The VM of that name.
+
+        :raise ConfigError: there is none.
+        """
+        if name not in self._vms:
+            known = ", ".join(self._vms) or "none is running"
+            raise ConfigError(f"VM {name}: no such VM", f"known: {known}")
+        return self._vms[name]
+
+    def vms(self) -> list[Vm]:
+        """All VMs, by name."""
+        return [self._vms[name] for name in sorted(self._vms)]
+
+    async def close(self) -> None:
+        """Let go of all VMs: they go on; embedded ones are ended."""
+        for vm in self.vms():
+            if self._embedded:
+                with suppress(HvaError):
+                    await self.down(vm.name)
+            else:
+                await vm.close()
+                vm.folder.release()
+        self._vms.clear()
+
+
+def prepare_command(config: VmConfig) -> list[str]:
+    """The command line QEMU would be started with; builds the image if need be, starts nothing.
+
+    :raise HvaError: the image or a disk can not be used.
+    """
+    return command_of(config, runtime_dir())

@@ -1,0 +1,36 @@
+"""What an epoch should try: from the guest's newest report and the states asked for. Arithmetic only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hva_host.pager.epoch import Member
+from hvaqemu.pages import STATE_MASK, PageState
+from hvaqemu.scenario_config import ReclaimState
+
+
+def members(
+    class_map: NDArray[np.uint8] | None, pages: int, states: Collection[ReclaimState], *, sift: bool
+) -> NDArray[np.uint8]:
+    """:class:`Member` values for an epoch; uint8, shape ``(pages,)``.
+
+    :param class_map: the guest's newest report (state and attributes a byte), shape ``(pages,)``; None where the guest
+        never reported: then every page may be a copy, and none is known to be free.
+    :param sift: also look for zeros among the pages the guest wants kept.
+    """
+    wanted = np.full(pages, Member.OUT, dtype=np.uint8)
+    if class_map is None:
+        if ReclaimState.VOLATILE in states:
+            wanted[:] = Member.COPY
+        return wanted
+    found = class_map & STATE_MASK
+    if sift:
+        wanted[found == PageState.STABLE] = Member.SIFT
+    if ReclaimState.UNUSED in states:
+        wanted[found == PageState.UNUSED] = Member.UNUSED
+    if ReclaimState.VOLATILE in states:
+        wanted[found == PageState.VOLATILE] = Member.COPY
+    return wanted

@@ -1,0 +1,461 @@
+"""One running VM: its QEMU, pager and guest agent, and what can be asked of it.
+
+A VM is made by :mod:`hva_host.agent.start` and owned by the fleet. Its supervisor starts a new pager whenever the
+present one dies, reconnects QMP, and says through :attr:`Vm.failure` when the VM can not go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hva_host.agent import accounts
+from hva_host.agent.epochs import EpochDriver
+from hva_host.agent.guest_link import GuestLink, LinkState
+from hva_host.agent.model import (
+    EpochStats,
+    ExecResult,
+    HeldPages,
+    Measure,
+    ReclaimResult,
+    Sample,
+    StallStats,
+    VmState,
+    VmStatus,
+)
+from hva_host.agent.pager_process import PagerHandle, call
+from hva_host.agent.records import VmFolder, VmRecord
+from hvaqemu.config import VmConfig
+from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost, RefusedError
+from hvaqemu.pages import PAGE_SHIFT
+from hvaqemu.qemu import logs
+from hvaqemu.qemu.events import GuestPanicked, QmpEvent, Reset, Resume, Shutdown, Stop
+from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG
+from hvaqemu.qemu.process import QemuProcess, StopTimeouts
+from hvaqemu.qemu.qmp import QmpLink
+from hvaqemu.scenario_config import ReclaimState
+
+_EPOCHS_KEPT = 32
+_EPOCHS_MAX = 32
+#: An epoch that discards less than this share of what was resident ends a reclaim.
+_GAIN_WORTH_IT = 0.01
+_STATS_SECONDS = 2.0
+_RESTORE_SECONDS_PER_GIB = 60.0
+_PAGER_RETRY_SECONDS = 0.2
+_PAGER_TRIES = 10
+_QMP_RETRY_SECONDS = 0.5
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class Vm:
+    """One VM under this host agent.
+
+    :ivar failure: done once the VM can not go on; says why. Whoever waits for the VM races this.
+    """
+
+    def __init__(self, folder: VmFolder, record: VmRecord, process: QemuProcess, listener: Listener) -> None:
+        self.folder = folder
+        self.record = record
+        self.process = process
+        self.qmp: QmpLink | None = None
+        self.epochs: deque[EpochStats] = deque(maxlen=_EPOCHS_KEPT)
+        self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._listener = listener
+        self._pages = record.config.memory >> PAGE_SHIFT
+        self._driver = EpochDriver(self._pages)
+        self.pager = PagerHandle(folder.path, self._driver.on_pager_event)
+        self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=self._pages, on_change=self._on_guest)
+        self._state = VmState.STARTING
+        self._reason = ""
+        self._epoch_lock = asyncio.Lock()
+        self._reclaiming: asyncio.Task[ReclaimResult] | None = None
+        self._stop_reclaiming = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ending = False
+
+    @property
+    def name(self) -> str:
+        return self.record.config.name
+
+    @property
+    def config(self) -> VmConfig:
+        return self.record.config
+
+    @property
+    def console_log(self) -> Path:
+        """What the guest printed on its console; the guest's text, never to be printed raw."""
+        return self.folder.path / CONSOLE_LOG
+
+    @property
+    def state(self) -> VmState:
+        return self._state
+
+    # Life cycle
+
+    def supervise(self) -> None:
+        """Begin to watch QEMU, pager and monitor."""
+        self.guest.start()
+        self._tasks = [
+            asyncio.create_task(self._watch_qemu(), name=f"{self.name}: QEMU"),
+            asyncio.create_task(self._watch_pager(), name=f"{self.name}: pager"),
+            asyncio.create_task(self._watch_qmp(), name=f"{self.name}: QMP"),
+        ]
+
+    def on_qmp_event(self, event: QmpEvent) -> None:
+        """Follow QEMU's own account of the guest."""
+        if isinstance(event, GuestPanicked):
+            self._fail(VmState.PANICKED, f"the guest's kernel panicked: {self._console_tail()}")
+        elif isinstance(event, Shutdown):
+            self._enter(VmState.STOPPING, event.reason)
+        elif isinstance(event, Stop) and self._state is VmState.RUNNING:
+            self._enter(VmState.PAUSED, "stopped by QMP")
+        elif isinstance(event, Resume) and self._state in (VmState.PAUSED, VmState.STARTING):
+            self._enter(VmState.RUNNING)
+        elif isinstance(event, Reset):
+            self._listener("VM_RESET", {"name": self.name, "guest": event.guest})
+
+    def running(self) -> None:
+        """The guest runs now."""
+        self._enter(VmState.RUNNING)
+
+    async def stop(self, timeouts: StopTimeouts) -> str:
+        """End the VM: softly, then hard, then say so; how it ended.
+
+        :raise DeadlineExceeded: even SIGKILL did not end QEMU.
+        """
+        self._ending = True
+        await self._cancel_reclaiming()
+        report = await self.process.stop(self.qmp if self.qmp and self.qmp.connected else None, timeouts)
+        await self.pager.wait_ended(10.0)
+        await self._let_go()
+        return str(report.how)
+
+    async def close(self) -> None:
+        """Let go of the VM; it goes on."""
+        self._ending = True
+        await self._cancel_reclaiming()
+        await self._let_go()
+
+    async def wait_gone(self) -> str:
+        """Wait until QEMU has ended; how it did."""
+        return str(await asyncio.shield(self.process.exited))
+
+    # What can be asked
+
+    async def measure(self) -> Measure:
+        """All figures of the VM's memory.
+
+        :raise PeerLost: the pager does not answer and the VM is gone.
+        """
+        pager = await self._pager_status()
+        free = -1
+        with contextlib.suppress(HvaError):
+            free = (await self.guest.stats(_STATS_SECONDS)).memory_free_bytes
+        return Measure(
+            uptime_s=accounts.uptime(self.process.start_time),
+            backing_bytes=pager["backing_bytes"],
+            resident_pages=pager["backing_bytes"] >> PAGE_SHIFT,
+            zero_pages=pager["zero_pages"],
+            layer_pages=pager["layer_pages"],
+            preserved_pages=pager["preserved_pages"],
+            refaults=pager["refaults"],
+            refault_pages=pager["refault_pages"],
+            qemu_rss_bytes=accounts.own_memory(self.process.pid),
+            pager_rss_bytes=accounts.all_memory(self.pager.pid),
+            agent_rss_bytes=accounts.all_memory(os.getpid()),
+            store_bytes=pager["store_bytes"],
+            layer_cached_bytes=pager["layer_cached_bytes"],
+            guest_free_bytes=free,
+        )
+
+    async def sample(self) -> Sample:
+        """One point of the timeline.
+
+        :raise PeerLost: as :meth:`measure`.
+        """
+        pager = await self._pager_status()
+        report = self._driver.report
+        return Sample(
+            at_s=accounts.uptime(self.process.start_time),
+            backing_bytes=pager["backing_bytes"],
+            zero_pages=pager["zero_pages"],
+            layer_pages=pager["layer_pages"],
+            preserved_pages=pager["preserved_pages"],
+            refault_pages=pager["refault_pages"],
+            states={state.name.lower(): count for state, count in report.totals.items()} if report else {},
+        )
+
+    async def status(self) -> VmStatus:
+        """Everything ``status`` shows. Never raises for a peer that is silent or gone: it shows that."""
+        pager: dict[str, Any] = {}
+        measure = None
+        with contextlib.suppress(HvaError):
+            pager = await self._pager_status()
+            measure = await self.measure()
+        held = [HeldPages(**entry) for entry in pager.get("held", [])]
+        state, reason = (VmState.HELD, held[0].reason) if held else (self._state, self._reason)
+        hello = self.guest.hello
+        refused = ""
+        if hello is not None and hello.checks_free_pages:
+            refused = "unused: the guest checks the content of its free pages (page_poison)"
+        return VmStatus(
+            name=self.name,
+            state=state,
+            reason=reason,
+            reclaim_refused=refused,
+            pid=self.process.pid,
+            pager_pid=self.pager.pid,
+            pager_restarts=self.record.pager_restarts,
+            pager_pause_s=self.record.pager_pause_s,
+            guest_connected=self.guest.connected,
+            guest_kernel=logs.printable(hello.kernel) if hello else "",
+            memory_bytes=self.config.memory,
+            measure=measure,
+            epochs=list(self.epochs),
+            stalls=StallStats(**pager.get("stalls", {})),
+            held=held,
+        )
+
+    async def reclaim(
+        self,
+        states: Sequence[ReclaimState],
+        *,
+        epochs: int | None = None,
+        on_epoch: Callable[[EpochStats], None] | None = None,
+    ) -> ReclaimResult:
+        """Run epochs until one gains less than 1 %, or exactly ``epochs`` of them.
+
+        :raise RefusedError: something runs or is attached that makes discarding unsafe.
+        :raise HvaError: a peer went or was silent.
+        """
+        began = time.monotonic()
+        before = (await self._pager_status())["backing_bytes"]
+        done: list[EpochStats] = []
+        for number in range(epochs if epochs is not None else _EPOCHS_MAX):
+            stats = await self._epoch(states, sift=number == 0)
+            done.append(stats)
+            if on_epoch is not None:
+                on_epoch(stats)
+            if epochs is None and stats.discarded < _GAIN_WORTH_IT * stats.resident_before:
+                break
+        return await self._result(done, before, began)
+
+    def start_reclaiming(self, states: Sequence[ReclaimState], every: float) -> None:
+        """Run an epoch every ``every`` seconds beside whatever else goes on, until :meth:`stop_reclaiming`.
+
+        :raise RefusedError: that is going on already.
+        """
+        if self._reclaiming is not None:
+            raise RefusedError(f"VM {self.name}: a reclaim runs already", "stop it first")
+        self._stop_reclaiming.clear()
+        self._reclaiming = asyncio.create_task(self._reclaim_for_ever(states, every), name=f"{self.name}: reclaim")
+
+    async def stop_reclaiming(self) -> ReclaimResult:
+        """End what :meth:`start_reclaiming` began, after the epoch under way; what it did.
+
+        :raise HvaError: what ended it before.
+        """
+        task, self._reclaiming = self._reclaiming, None
+        if task is None:
+            raise RefusedError(f"VM {self.name}: no reclaim runs")
+        # Asked to end between two epochs, not inside one.
+        self._stop_reclaiming.set()
+        return await task
+
+    async def restore(self) -> int:
+        """Make every discarded page resident; how many were.
+
+        :raise RefusedError: the host has no room for them, or pages are held.
+        :raise HvaError: a peer went or was silent.
+        """
+        async with self._epoch_lock:
+            status = await self._pager_status()
+            wanted = (status["zero_pages"] + status["layer_pages"] + status["preserved_pages"]) << PAGE_SHIFT
+            if (available := accounts.available()) < wanted:
+                raise RefusedError(
+                    f"VM {self.name}: {wanted >> 20} MiB to restore and {available >> 20} MiB available on the host"
+                )
+            seconds = 30 + _RESTORE_SECONDS_PER_GIB * (wanted / (1 << 30))
+            answer = await self.pager.link.call("restore", timeout=seconds)
+        if answer["left"]:
+            raise RefusedError(f"VM {self.name}: {answer['left']} pages can not be restored", "see 'hvaqemu status'")
+        return int(answer["pages"])
+
+    async def resume(self) -> int:
+        """Try held pages again; how many are still held.
+
+        :raise HvaError: the pager went or was silent.
+        """
+        return int((await call(self.pager, "resume"))["held"])
+
+    async def execute(
+        self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
+    ) -> ExecResult:
+        """Run a command in the guest.
+
+        :param timeout: seconds; then the command is killed.
+        :param limit: bytes of output kept.
+        :raise RefusedError: the VM's config does not allow it.
+        :raise HvaError: the guest agent went, was silent, or could not start it.
+        """
+        if not self.config.allow_exec:
+            raise RefusedError(f"VM {self.name}: commands in the guest are off", "set allow_exec: true in its file")
+        return await self.guest.execute(argv, timeout, stdin, limit)
+
+    async def balloon(self, size: int, timeout: float) -> int:
+        """Have the guest live with ``size`` bytes; bytes it has then.
+
+        :raise HvaError: it did not get there in time, or QEMU refused.
+        """
+        if self.qmp is None:
+            raise PeerLost("QMP: not connected")
+        return await self.qmp.balloon(size, timeout)
+
+    # Inside
+
+    async def _epoch(self, states: Sequence[ReclaimState], *, sift: bool) -> EpochStats:
+        async with self._epoch_lock:
+            await self._refuse_when_unsafe()
+            stats = await self._driver.run(self.guest, self.pager.link, states, sift=sift)
+        self.epochs.append(stats)
+        self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})
+        return stats
+
+    async def _refuse_when_unsafe(self) -> None:
+        if self.qmp is None or not self.qmp.connected:
+            raise PeerLost("QMP: not connected")
+        migration = await self.qmp.migration()
+        if migration.status in ("setup", "active", "postcopy-active", "postcopy-paused", "pre-switchover", "device"):
+            raise RefusedError(f"VM {self.name}: a migration is under way ({migration.status})", "wait for its end")
+        if await self.qmp.memory_devices():
+            raise RefusedError(f"VM {self.name}: has hot-plugged memory", "only the RAM it was started with is known")
+
+    async def _reclaim_for_ever(self, states: Sequence[ReclaimState], every: float) -> ReclaimResult:
+        began = time.monotonic()
+        before = (await self._pager_status())["backing_bytes"]
+        done: list[EpochStats] = []
+        while not self._stop_reclaiming.is_set():
+            until = time.monotonic() + every
+            done.append(await self._epoch(states, sift=False))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                    await self._stop_reclaiming.wait()
+        return await self._result(done, before, began)
+
+    async def _result(self, done: list[EpochStats], before: int, began: float) -> ReclaimResult:
+        return ReclaimResult(
+            epochs=done,
+            discarded=sum(stats.discarded for stats in done),
+            backing_before_bytes=before,
+            backing_after_bytes=(await self._pager_status())["backing_bytes"],
+            seconds=time.monotonic() - began,
+        )
+
+    async def _pager_status(self) -> dict[str, Any]:
+        return await call(self.pager, "status")
+
+    async def _cancel_reclaiming(self) -> None:
+        task, self._reclaiming = self._reclaiming, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _let_go(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.guest.close()
+        await self.pager.close()
+        if self.qmp is not None:
+            await self.qmp.close()
+        self.process.close()
+
+    def _enter(self, state: VmState, reason: str = "") -> None:
+        if self._state in (VmState.GONE, state):
+            return
+        self._state, self._reason = state, reason
+        self._listener("VM_STATE", {"name": self.name, "state": state, "reason": reason})
+
+    def _fail(self, state: VmState, why: str) -> None:
+        self._enter(state, why)
+        if not self.failure.done():
+            self.failure.set_result(why)
+
+    def _on_guest(self, state: LinkState) -> None:
+        self._listener("GUEST_AGENT", {"name": self.name, "state": state.value})
+
+    def _console_tail(self) -> str:
+        return logs.one_line(logs.tail(self.console_log), 2)
+
+    async def _watch_qemu(self) -> None:
+        why = await self.wait_gone()
+        self._fail(VmState.GONE, why if self._state is not VmState.STOPPING else f"{self._reason}: {why}")
+
+    async def _watch_pager(self) -> None:
+        tries = 0
+        while self.process.alive:
+            await asyncio.shield(self.pager.link.lost)
+            if self._ending or not self.process.alive:
+                return
+            died = time.monotonic()
+            # QEMU's end takes its pager with it, and is seen a moment later.
+            with contextlib.suppress(DeadlineExceeded):
+                await self.process.wait(0.01)
+                return
+            self._listener("PAGER_LOST", {"name": self.name, "pid": self.pager.pid})
+            try:
+                await self.new_pager()
+            except HvaError as error:
+                tries += 1
+                self._listener("PAGER_FAILED", {"name": self.name, "error": str(error)})
+                if tries >= _PAGER_TRIES:
+                    self._fail(VmState.HELD, f"no pager can be started: {error}")
+                    return
+                await asyncio.sleep(_PAGER_RETRY_SECONDS)
+                continue
+            tries = 0
+            pause = time.monotonic() - died
+            self.record = self.record.model_copy(
+                update={
+                    "pager_restarts": self.record.pager_restarts + 1,
+                    "pager_pause_s": max(pause, self.record.pager_pause_s),
+                }
+            )
+            with contextlib.suppress(HvaError):
+                self.folder.store(self.record)
+            self._listener("PAGER_STARTED", {"name": self.name, "pid": self.pager.pid, "seconds": pause})
+
+    async def new_pager(self) -> None:
+        """Connect to the pager there is, or start one."""
+        try:
+            await self.pager.adopt()
+        except HvaError:
+            await self.pager.start(self.process.pid, self.record.layers)
+
+    async def _watch_qmp(self) -> None:
+        while self.process.alive and self.qmp is not None:
+            await self.qmp.lost()
+            while self.process.alive and not self._ending and not self.qmp.connected:
+                await asyncio.sleep(_QMP_RETRY_SECONDS)
+                with contextlib.suppress(HvaError):
+                    await self.qmp.connect()
+                    await self.follow()
+
+    async def follow(self) -> None:
+        """Catch up with what happened to the guest while nobody listened."""
+        assert self.qmp is not None
+        status = await self.qmp.status()
+        if status.running:
+            self._enter(VmState.RUNNING)
+        elif status.status == "guest-panicked":
+            self._fail(VmState.PANICKED, f"the guest's kernel panicked: {self._console_tail()}")
+        else:
+            self._enter(VmState.PAUSED, status.status)

@@ -44,9 +44,7 @@ def check_raw(path: Path, *, read_only: bool, name: str = "") -> os.stat_result:
     finally:
         os.close(descriptor)
     if size == 0 or size % SECTOR:
-        raise ConfigError(
-            f"{named}: {size} bytes is not a whole number of sectors", f"a disk has a multiple of {SECTOR}"
-        )
+        raise ConfigError(f"{named}: {size} bytes, but a disk has a multiple of {SECTOR}")
     return status
 
 

@@ -1,6 +1,6 @@
 """One running VM: its QEMU, pager and guest agent, and what can be asked of it.
 
-A VM is made by :mod:`hva_host.agent.start` and owned by the fleet. Its supervisor starts a new pager whenever the
+A VM is made by :mod:`hva_host.agent.lifecycle` and owned by the fleet. Its supervisor starts a new pager whenever the
 present one dies, reconnects QMP, and says through :attr:`Vm.failure` when the VM can not go on.
 """
 

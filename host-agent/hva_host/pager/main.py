@@ -250,7 +250,8 @@ def _settle() -> None:
     """Make the process small to disturb: locked in memory, last for the OOM killer, the collector out of the way."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-1000")
-    with contextlib.suppress(OSError):
+    # Without the right to raise the limit, the limit there is may still do.
+    with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     with contextlib.suppress(OSError):
         lock_memory()

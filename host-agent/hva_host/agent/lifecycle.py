@@ -1,0 +1,126 @@
+"""Starting a VM, whole or not at all, and taking over one that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+from hva_host.agent import plan
+from hva_host.agent.records import VmFolder, VmRecord
+from hva_host.agent.vm import Listener, Vm
+from hva_host.shim import ensure_shim
+from hvaqemu.config import VmConfig
+from hvaqemu.errors import ConfigError, HvaError, PeerLost
+from hvaqemu.qemu.command import LaunchSockets, build_command
+from hvaqemu.qemu.disk import create_overlay
+from hvaqemu.qemu.events import QmpEvent
+from hvaqemu.qemu.launch import QEMU_LOG, QMP_SOCKET, launch
+from hvaqemu.qemu.process import QemuProcess, StopTimeouts
+from hvaqemu.qemu.qmp import QmpLink
+from hvaqemu.qemu.race import race
+
+_KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
+
+
+async def start_vm(
+    config: VmConfig, folder: VmFolder, progress: plan.Progress, listener: Listener, *, die_with_parent: bool
+) -> Vm:
+    """A running VM whose guest agent is connected. Whatever goes wrong, nothing is left behind.
+
+    :raise HvaError: what went wrong, with the log's last words where QEMU or the guest had some.
+    """
+    async with AsyncExitStack() as undo:
+        undo.callback(folder.remove)
+        shim = await asyncio.to_thread(ensure_shim, progress)
+        image = await asyncio.to_thread(plan.image_of, config, progress)
+        layers = ((image.root, await plan.ensure_index(image.root, progress)),)
+        folder.make_disks()
+        files = plan.launch_files(config, image, runtime=folder.path, disks=folder.disks)
+        await asyncio.to_thread(create_overlay, files.golden, files.overlay)
+        progress("starting QEMU")
+        events = _Relay()
+        process, qmp = await launch(
+            config, files, runtime=folder.path, shim=shim, on_event=events.deliver, die_with_parent=die_with_parent
+        )
+        record = VmRecord(config=config, qemu_pid=process.pid, qemu_start_time=process.start_time, layers=layers)
+        vm = Vm(folder, record, process, listener)
+        vm.qmp = qmp
+        undo.push_async_callback(vm.stop, _KILL)
+        folder.store(record)
+        events.vm = vm
+        progress("attaching the pager")
+        await vm.pager.start(process.pid, layers)
+        vm.supervise()
+        progress("booting the guest")
+        await qmp.cont()
+        vm.running()
+        try:
+            await race(vm.guest.wait_connected(config.boot_timeout), config.boot_timeout + 5, "guest agent", vm.failure)
+        except PeerLost as error:
+            raise PeerLost(f"VM {config.name}: {vm.failure.result() if vm.failure.done() else error}") from error
+        undo.pop_all()
+        return vm
+    raise AssertionError("unreachable")
+
+
+async def adopt_vm(folder: VmFolder, record: VmRecord, listener: Listener) -> Vm:
+    """Take over a VM that another host agent left running.
+
+    :raise PeerLost: its QEMU is gone.
+    """
+    process = QemuProcess.adopt(record.qemu_pid, record.qemu_start_time, folder.path / QEMU_LOG)
+    vm = Vm(folder, record, process, listener)
+    events = _Relay()
+    events.vm = vm
+    vm.qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)
+    with suppress(HvaError):
+        await vm.new_pager()
+    # A QEMU whose main loop waits for a fault answers no QMP; the supervisor tries again.
+    with suppress(HvaError):
+        await vm.qmp.connect(2.0)
+        await vm.follow()
+    vm.supervise()
+    return vm
+
+
+async def end_orphan(folder: VmFolder) -> None:
+    """Make sure no QEMU of a half-started VM is left, then delete its files."""
+    record = folder.load()
+    if record is not None:
+        with suppress(PeerLost):
+            process = QemuProcess.adopt(record.qemu_pid, record.qemu_start_time, folder.path / QEMU_LOG)
+            await process.stop(None, _KILL)
+            process.close()
+    folder.remove()
+
+
+def command_of(config: VmConfig, runtime: Path) -> list[str]:
+    """The command line QEMU would be started with; nothing is started. Sockets are descriptors 3 and 4.
+
+    :raise HvaError: the image or a disk can not be used.
+    """
+    image = plan.image_of(config, lambda _line: None)
+    folder = runtime / "vms" / config.name
+    files = plan.launch_files(config, image, runtime=folder, disks=folder)
+    return build_command(config.profile, config, files, LaunchSockets(qmp=3, agent=4))
+
+
+def check_free(runtime: Path, name: str) -> None:
+    """See that no VM has this name.
+
+    :raise ConfigError: one has.
+    """
+    if os.path.lexists(runtime / "vms" / name / "vm.json"):
+        raise ConfigError(f"VM {name}: the name is taken", f"choose another, or 'hvaqemu down {name}' first")
+
+
+class _Relay:
+    """QMP events that come before there is a VM to tell are dropped: the guest does not run yet."""
+
+    vm: Vm | None = None
+
+    def deliver(self, event: QmpEvent) -> None:
+        if self.vm is not None:
+            self.vm.on_qmp_event(event)

@@ -1,0 +1,61 @@
+"""The files of a report: ``report.json``, ``report.txt`` (the table) and ``timeline.png``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hva_host.report.model import ScenarioReport
+from hva_host.report.table import report_text
+from hvaqemu.errors import HostError
+
+JSON_FILE = "report.json"
+TEXT_FILE = "report.txt"
+PICTURE_FILE = "timeline.png"
+
+
+def report_json(report: ScenarioReport) -> str:
+    """The report as JSON, its verdict first; ends with a line end."""
+    return json.dumps({"ok": report.ok, **report.model_dump(mode="json")}, indent=2, ensure_ascii=False) + "\n"
+
+
+def report_folder(folder: Path) -> Path:
+    """``folder``, made where it is missing: to be called before there is anything to lose.
+
+    :raise HostError: it can not be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"{folder}: {error.strerror}", "choose another place for the report") from error
+    return folder
+
+
+def write_json(report: ScenarioReport, path: Path) -> None:
+    """Write the report as JSON.
+
+    :raise HostError: no room, or not writable.
+    """
+    _write(path, report_json(report).encode())
+
+
+def write_report(report: ScenarioReport, folder: Path) -> list[Path]:
+    """Write all files of the report into ``folder``; answers their paths. Files of an earlier report are replaced.
+
+    :raise HostError: no room, or not writable.
+    """
+    # matplotlib takes half a second to import; only who wants a picture waits for it.
+    from hva_host.report.picture import draw
+
+    picture, text, data = folder / PICTURE_FILE, folder / TEXT_FILE, folder / JSON_FILE
+    _write(data, report_json(report).encode())
+    _write(text, report_text(report).encode())
+    _write(picture, draw(report))
+    return [data, text, picture]
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror}", "make room, or choose another place") from error

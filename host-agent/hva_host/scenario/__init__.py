@@ -1,0 +1,1 @@
+"""Playing scenarios: launch a VM, play the steps, report, shut down."""

@@ -1,0 +1,238 @@
+"""Plays the steps of a scenario on a running VM.
+
+A step that fails ends the scenario: what follows would measure something else. What a step finds wrong with what was
+saved or measured before (``same``, ``expect``) is collected, and the next step is played.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from hva_host.agent.model import EpochStats, Measure, ReclaimResult
+from hva_host.report.model import Outcome, StepRecord
+from hva_host.scenario.progress import Progress
+from hva_host.scenario.seam import PlayedVm
+from hva_host.scenario.titles import title_of
+from hvaqemu.errors import GuestError, HvaError
+from hvaqemu.qemu.logs import one_line, printable
+from hvaqemu.qemu.race import race
+from hvaqemu.scenario_config import (
+    BalloonStep,
+    ExpectStep,
+    GuestStep,
+    MeasureStep,
+    ReclaimPlan,
+    ReclaimStep,
+    ReclaimStopStep,
+    RestoreStep,
+    SameStep,
+    Scenario,
+    SleepStep,
+    Step,
+    verb_of,
+)
+from hvaqemu.units import MiB, format_duration, format_size
+
+T = TypeVar("T")
+
+#: Bytes of a command's output that are kept; more is refused where the output is saved.
+OUTPUT_LIMIT = 1 << 20
+#: Seconds an operation of the host agent may take. Generous: each has its own, closer deadlines inside.
+MEASURE_SECONDS = 30.0
+RECLAIM_SECONDS = 600.0
+RESTORE_SECONDS = 600.0
+#: Seconds the host agent has, beyond a step's own timeout, to say that the guest did not keep it.
+GRACE_SECONDS = 15.0
+
+
+class Player:
+    """One play of one scenario's steps; what came of it is in the attributes, whatever happens."""
+
+    def __init__(self, vm: PlayedVm, scenario: Scenario, progress: Progress, clock: Callable[[], float]) -> None:
+        """:param clock: seconds since the VM started."""
+        self.failures: list[str] = []
+        self.measures: dict[str, Measure] = {}
+        self.steps: list[StepRecord] = []
+        self.epochs: list[EpochStats] = []
+        self._saved: dict[str, bytes] = {}
+        self._vm = vm
+        self._scenario = scenario
+        self._progress = progress
+        self._clock = clock
+        self._reclaiming = False
+        self._verbs: dict[type[Step], Callable[[Any], Coroutine[Any, Any, str]]] = {
+            GuestStep: self._guest,
+            MeasureStep: self._measure,
+            ReclaimStep: self._reclaim,
+            ReclaimStopStep: self._reclaim_stop,
+            RestoreStep: self._restore,
+            BalloonStep: self._balloon,
+            SleepStep: self._sleep,
+            SameStep: self._same,
+            ExpectStep: self._expect,
+        }
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """Saved outputs as text; bytes that are no UTF-8 as escapes."""
+        return {name: output.decode(errors="backslashreplace") for name, output in self._saved.items()}
+
+    async def play(self) -> None:
+        """Play the steps until one fails. What is wrong is in ``failures``; nothing but cancellation is raised."""
+        try:
+            for number, step in enumerate(self._scenario.steps, 1):
+                if not await self._step(number, step):
+                    break
+            if self._reclaiming and not self._vm.failure.done():
+                await self._end_reclaim()
+        except HvaError as error:
+            self.failures.append(f"ending the reclaim: {_line(error)}")
+        finally:
+            self._mark_not_run()
+
+    async def _step(self, number: int, step: Step) -> bool:
+        """Play one step; False: it failed, and the scenario ends. A failed check is only noted."""
+        total = len(self._scenario.steps)
+        title = title_of(step)
+        begin = self._clock()
+        self._progress.step_begins(number, total, title)
+        known = len(self.failures)
+        figures, go_on, done = "", True, False
+        try:
+            figures = await self._verbs[type(step)](step)
+            done = True
+        except HvaError as error:
+            go_on = False
+            figures = _line(error)
+            self.failures.append(f"step {number}, {title}: {figures}")
+            done = True
+        finally:
+            # Also when cancelled: an interrupted step has not held.
+            held = done and len(self.failures) == known
+            record = StepRecord(
+                number=number,
+                verb=verb_of(step),
+                title=title,
+                outcome=Outcome.OK if held else Outcome.FAILED,
+                at_s=begin,
+                seconds=self._clock() - begin,
+                figures=figures if done else "interrupted",
+            )
+            self.steps.append(record)
+            self._progress.step_ended(record, total)
+        return go_on
+
+    def _mark_not_run(self) -> None:
+        total = len(self._scenario.steps)
+        rest = self._scenario.steps[len(self.steps) :]
+        if rest:
+            one = len(rest) == 1
+            self.failures.append(f"{len(rest)} step{' was' if one else 's were'} not run")
+        for number, step in enumerate(rest, len(self.steps) + 1):
+            record = StepRecord(number=number, verb=verb_of(step), title=title_of(step), outcome=Outcome.NOT_RUN)
+            self.steps.append(record)
+            self._progress.step_ended(record, total)
+
+    async def _race(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
+        return await race(work, timeout, what, self._vm.failure)
+
+    async def _guest(self, step: GuestStep) -> str:
+        work = self._vm.execute(["/bin/sh", "-c", step.guest], timeout=step.timeout, limit=OUTPUT_LIMIT)
+        result = await self._race(work, step.timeout + GRACE_SECONDS, "the command")
+        output = one_line(printable(result.stdout.decode(errors="replace")).strip(), 1)
+        if not result.ok:
+            complaint = result.stderr if result.stderr.strip() else result.stdout
+            said = one_line(printable(complaint.decode(errors="replace")).strip())
+            how = f"exited with status {result.exit_status}"
+            if result.timed_out:
+                how = f"did not end within {format_duration(step.timeout)}"
+            elif result.signal is not None:
+                how = f"was killed by signal {result.signal}"
+            raise GuestError(f"{how}: {said}" if said else how)
+        if step.save is not None:
+            if result.truncated:
+                raise GuestError(f"printed more than the {format_size(OUTPUT_LIMIT)} that can be saved")
+            self._saved[step.save] = result.stdout
+        return output
+
+    async def _measure(self, step: MeasureStep) -> str:
+        measure = await self._race(self._vm.measure(), MEASURE_SECONDS, "measuring")
+        self.measures[step.measure] = measure
+        return f"backing {format_size(measure.backing_bytes)}"
+
+    async def _reclaim(self, step: ReclaimStep) -> str:
+        plan = step.reclaim
+        if plan.every is not None:
+            self._vm.start_reclaiming(plan.states, plan.every)
+            self._reclaiming = True
+            return f"runs every {format_duration(plan.every)} beside what follows"
+        return reclaimed(await self._reclaim_now(plan))
+
+    async def _reclaim_now(self, plan: ReclaimPlan) -> ReclaimResult:
+        discarded = 0
+
+        def tell(epoch: EpochStats) -> None:
+            nonlocal discarded
+            discarded += epoch.discarded
+            self._progress.step_goes_on(f"epoch {epoch.number}, {discarded:,} pages discarded")
+
+        work = self._vm.reclaim(plan.states, epochs=plan.epochs, on_epoch=tell)
+        result = await self._race(work, RECLAIM_SECONDS, "reclaiming")
+        self.epochs.extend(result.epochs)
+        return result
+
+    async def _reclaim_stop(self, _step: ReclaimStopStep) -> str:
+        return await self._end_reclaim()
+
+    async def _end_reclaim(self) -> str:
+        self._reclaiming = False
+        result = await self._race(self._vm.stop_reclaiming(), MEASURE_SECONDS, "ending the reclaim")
+        self.epochs.extend(result.epochs)
+        return reclaimed(result)
+
+    async def _restore(self, _step: RestoreStep) -> str:
+        pages = await self._race(self._vm.restore(), RESTORE_SECONDS, "restoring")
+        return f"{pages:,} pages made resident"
+
+    async def _balloon(self, step: BalloonStep) -> str:
+        work = self._vm.balloon(step.balloon, step.timeout)
+        size = await self._race(work, step.timeout + GRACE_SECONDS, "the balloon")
+        return f"the guest has {format_size(size)}"
+
+    async def _sleep(self, step: SleepStep) -> str:
+        await self._race(asyncio.sleep(step.sleep), step.sleep + GRACE_SECONDS, "sleeping")
+        return ""
+
+    async def _same(self, step: SameStep) -> str:
+        first, *rest = step.same
+        different = [name for name in rest if self._saved[name] != self._saved[first]]
+        if different:
+            self.failures.append(f"{' and '.join(different)} is not the same as {first}")
+            return f"{' and '.join(different)} differs"
+        return f"{' = '.join(step.same)}"
+
+    async def _expect(self, step: ExpectStep) -> str:
+        wanted = step.expect
+        value = self.measures[wanted.measure].backing_bytes
+        other = self.measures[wanted.backing.of].backing_bytes if wanted.backing.of is not None else None
+        broken = list(wanted.backing.violations(value, other))
+        if broken:
+            self.failures.extend(f"backing of {wanted.measure}: {violation}" for violation in broken)
+            return "; ".join(broken)
+        ratio = f", {value / other:.3f} of {wanted.backing.of}" if other else ""
+        return f"{format_size(value)}{ratio}"
+
+
+def reclaimed(result: ReclaimResult) -> str:
+    """What a reclaim did, in a few words."""
+    count = len(result.epochs)
+    return (
+        f"{count:,} epoch{'' if count == 1 else 's'}, {result.discarded:,} pages discarded, backing "
+        f"{result.backing_before_bytes / MiB:.1f} -> {result.backing_after_bytes / MiB:.1f} MiB"
+    )
+
+
+def _line(error: HvaError) -> str:
+    return one_line(printable(str(error)))

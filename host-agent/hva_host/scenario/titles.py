@@ -1,0 +1,68 @@
+"""A step in a few words."""
+
+from __future__ import annotations
+
+from hvaqemu.qemu.logs import printable
+from hvaqemu.scenario_config import (
+    BalloonStep,
+    Bounds,
+    ExpectStep,
+    GuestStep,
+    MeasureStep,
+    ReclaimStep,
+    ReclaimStopStep,
+    RestoreStep,
+    SameStep,
+    SleepStep,
+    Step,
+)
+from hvaqemu.units import format_duration, format_size
+
+#: Letters; a line of progress stays within 100 with number, duration and short figures.
+LONGEST = 46
+
+
+def title_of(step: Step) -> str:
+    """One printable line, at most ``LONGEST`` letters."""
+    title = " ".join(printable(_title(step)).split())
+    return title if len(title) <= LONGEST else title[: LONGEST - 1] + "…"
+
+
+def _title(step: Step) -> str:
+    match step:
+        case GuestStep():
+            first, *rest = step.guest.strip().splitlines()
+            if first.lstrip().startswith("#"):
+                return f"guest: {first.lstrip().lstrip('#').strip()}"
+            return f"guest: {first}{' …' if rest else ''}"
+        case MeasureStep():
+            return f"measure {step.measure}"
+        case ReclaimStep():
+            states = ", ".join(step.reclaim.states)
+            every = step.reclaim.every
+            return f"reclaim {states}" if every is None else f"reclaim {states} every {format_duration(every)}"
+        case ReclaimStopStep():
+            return "reclaim stop"
+        case RestoreStep():
+            return "restore"
+        case BalloonStep():
+            return f"balloon {format_size(step.balloon)}"
+        case SleepStep():
+            return f"sleep {format_duration(step.sleep)}"
+        case SameStep():
+            return f"same {', '.join(step.same)}"
+        case ExpectStep():
+            return f"expect {step.expect.measure} {_bounds(step.expect.backing)}"
+
+
+def _bounds(bounds: Bounds) -> str:
+    parts = []
+    if bounds.min is not None:
+        parts.append(f">= {format_size(bounds.min)}")
+    if bounds.max is not None:
+        parts.append(f"<= {format_size(bounds.max)}")
+    if bounds.min_ratio is not None:
+        parts.append(f">= {bounds.min_ratio:g} of {bounds.of}")
+    if bounds.max_ratio is not None:
+        parts.append(f"<= {bounds.max_ratio:g} of {bounds.of}")
+    return " and ".join(parts)

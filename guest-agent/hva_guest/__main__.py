@@ -16,8 +16,8 @@ def log(text: str) -> None:
     sys.stderr.flush()
 
 
-def main(argv: list[str]) -> int:
-    """Run with ``argv`` (the program's name excluded); the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """Run with ``argv`` (None: the process's arguments); the exit status."""
     parser = argparse.ArgumentParser(
         prog="hva-guest", description="Reports the states of this guest's pages to its host."
     )
@@ -37,4 +37,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

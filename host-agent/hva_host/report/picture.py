@@ -159,7 +159,9 @@ def _spans(report: ScenarioReport, end: float) -> list[_Span]:
 
 def _shade(axes: Axes, spans: Sequence[_Span]) -> None:
     for span in spans:
-        axes.axvspan(span.begin, span.end, color=_SHADE, alpha=0.16, lw=0)
+        # Behind the data, whose colours must stay the legend's; the bar shows where data fills the axes.
+        axes.axvspan(span.begin, span.end, color=_SHADE, alpha=0.14, lw=0, zorder=-1)
+        axes.axvspan(span.begin, span.end, ymin=0.975, ymax=1.0, color=_SHADE, lw=0)
 
 
 def _mark(top: Axes, report: ScenarioReport, axes: Sequence[Axes]) -> None:

@@ -51,11 +51,10 @@ _COST: list[tuple[str, Cell]] = [
 
 
 def saving(measure: Measure, first: Measure) -> str:
-    """How much less backing ``measure`` has than ``first``, as "-82 %"."""
-    if not first.backing_bytes:
+    """How much less backing ``measure`` has than ``first``, as "82 %"; negative where it has more."""
+    if measure is first or not first.backing_bytes:
         return "-"
-    change = round((measure.backing_bytes / first.backing_bytes - 1) * 100)
-    return f"{change:+d} %" if change else "0 %"
+    return f"{round((1 - measure.backing_bytes / first.backing_bytes) * 100)} %"
 
 
 def render(report: ScenarioReport, width: int) -> RenderableType:
@@ -100,8 +99,8 @@ def _lines(report: ScenarioReport) -> Iterator[Text]:
         discarded = sum(epoch.discarded for epoch in report.epochs)
         layer = sum(epoch.discarded_layer for epoch in report.epochs)
         yield Text(
-            f"\n{len(report.epochs):,} epochs discarded {discarded:,} pages, {layer:,} of them to a layer; "
-            f"{sum(epoch.touched for epoch in report.epochs):,} candidates were touched in time and stayed"
+            f"\nepochs: {len(report.epochs):,}; pages they discarded: {discarded:,}, {layer:,} of them to a layer; "
+            f"touched in time, so kept: {sum(epoch.touched for epoch in report.epochs):,}"
         )
     stalls = report.stalls
     if stalls.count:

@@ -40,15 +40,15 @@ def _title(step: Step) -> str:
         case ReclaimStep():
             states = ", ".join(step.reclaim.states)
             every = step.reclaim.every
-            return f"reclaim {states}" if every is None else f"reclaim {states} every {format_duration(every)}"
+            return f"reclaim {states}" if every is None else f"reclaim {states} every {_short(format_duration(every))}"
         case ReclaimStopStep():
             return "reclaim stop"
         case RestoreStep():
             return "restore"
         case BalloonStep():
-            return f"balloon {format_size(step.balloon)}"
+            return f"balloon {_short(format_size(step.balloon))}"
         case SleepStep():
-            return f"sleep {format_duration(step.sleep)}"
+            return f"sleep {_short(format_duration(step.sleep))}"
         case SameStep():
             return f"same {', '.join(step.same)}"
         case ExpectStep():
@@ -58,11 +58,16 @@ def _title(step: Step) -> str:
 def _bounds(bounds: Bounds) -> str:
     parts = []
     if bounds.min is not None:
-        parts.append(f">= {format_size(bounds.min)}")
+        parts.append(f">= {_short(format_size(bounds.min))}")
     if bounds.max is not None:
-        parts.append(f"<= {format_size(bounds.max)}")
+        parts.append(f"<= {_short(format_size(bounds.max))}")
     if bounds.min_ratio is not None:
         parts.append(f">= {bounds.min_ratio:g} of {bounds.of}")
     if bounds.max_ratio is not None:
         parts.append(f"<= {bounds.max_ratio:g} of {bounds.of}")
     return " and ".join(parts)
+
+
+def _short(figure: str) -> str:
+    # What a user wrote has seldom a fraction.
+    return figure.replace(".0 ", " ")

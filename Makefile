@@ -1,0 +1,35 @@
+# Every target does all its own set-up on Debian 12, as root or as a user with sudo; what is there already is reused.
+
+BIN := .venv/bin
+
+.PHONY: help setup demo lint test bench clean
+
+help:
+	@echo "make demo   set up, then boot a guest, reclaim its memory, check every byte: table, report/, picture"
+	@echo "make test   set up, lint, all tests (the ones in tests/vm boot guests)"
+	@echo "make lint   set up, ruff, mypy, import-linter"
+	@echo "make bench  set up, measure what the README's figures come from"
+	@echo "make clean  delete what was built in this folder; images stay cached (see: hvaqemu image list)"
+
+setup:
+	@tools/setup.sh
+
+demo: setup
+	@$(BIN)/hvaqemu doctor
+	@$(BIN)/hvaqemu run examples/quickstart.yaml --report report
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build report .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 EXECUTE_SECONDS = 10.0
+CLOSE_SECONDS = 5.0
 
 
 class QmpError(HvaError):
@@ -162,13 +163,14 @@ class QmpLink:
         self._client = self._watcher = None
         if client is None or watcher is None or lost is None:
             return
+        # Once the client is disconnecting, the watcher collects it; before that, it only waits and can be cancelled.
+        if client.runstate is Runstate.RUNNING:
+            watcher.cancel()
+            await asyncio.wait({watcher})
+            watcher = asyncio.create_task(_collect(client, lost))
+        # Bounded: a QEMU that does not read keeps the last command from being flushed.
+        await asyncio.wait({watcher}, timeout=CLOSE_SECONDS)
         watcher.cancel()
-        await asyncio.wait({watcher})
-        if client.runstate is not Runstate.IDLE:
-            # Bounded: a QEMU that does not read keeps the last command from being flushed.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(5.0):
-                    await _disconnect(client)
         if not lost.done():
             lost.set_result("closed")
 
@@ -261,7 +263,13 @@ async def _watch(client: QMPClient, lost: asyncio.Future[str]) -> None:
     """Says once, through ``lost``, that the connection is gone, and collects what is left of it."""
     while client.runstate is Runstate.RUNNING:
         await client.runstate_changed()
-    lost.set_result(await _disconnect(client))
+    await _collect(client, lost)
+
+
+async def _collect(client: QMPClient, lost: asyncio.Future[str]) -> None:
+    why = await _disconnect(client)
+    if not lost.done():
+        lost.set_result(why)
 
 
 async def _disconnect(client: QMPClient) -> str:

@@ -1,0 +1,97 @@
+"""The host agent's process: one per runtime directory, which it owns by a lock while it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hva_host.agent.control import CONTROL_SOCKET, ControlServer
+from hva_host.agent.control_commands import CommandTable
+from hva_host.agent.fleet import Fleet
+from hvaqemu.errors import HostError, RefusedError
+
+log = logging.getLogger(__name__)
+
+_LOCK_FILE = "agent.lock"
+
+
+class AlreadyServed(RefusedError):
+    """Another host agent owns the runtime directory."""
+
+
+class RuntimeLock:
+    """Says that this process is the host agent of a runtime directory.
+
+    A lock of fcntl(2): unlike one of flock(2) it is not shared with the processes we start, which outlive us.
+    """
+
+    def __init__(self, runtime: Path) -> None:
+        """:raise AlreadyServed: another process has it. :raise HostError: the file can not be made."""
+        path = runtime / _LOCK_FILE
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise HostError(f"{path}: {error.strerror}") from error
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(self._descriptor, 32).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            raise AlreadyServed(
+                f"{runtime}: a host agent runs already" + (f", process {owner}" if owner.isdigit() else ""),
+                "`hvaqemu agent --stop` ends it and leaves its VMs running",
+            ) from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let another process have it."""
+        os.close(self._descriptor)
+
+
+async def serve(runtime: Path, ready: Callable[[Path], None]) -> None:
+    """Be the host agent of ``runtime`` until SIGTERM, SIGINT or ``quit``; the VMs go on.
+
+    :param ready: called with the control socket's path once it serves.
+    :raise AlreadyServed: another process is.
+    :raise HostError: a file or the socket can not be made.
+    """
+    lock = RuntimeLock(runtime)
+    try:
+        await _serve(runtime, ready)
+    finally:
+        lock.release()
+
+
+async def _serve(runtime: Path, ready: Callable[[Path], None]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    path = runtime / CONTROL_SOCKET
+    # Whoever made it is dead: we have the lock.
+    path.unlink(missing_ok=True)
+    server = ControlServer(path)
+
+    def on_event(event: str, data: dict[str, Any]) -> None:
+        log.info("%s %s", event, data)
+        server.emit(event, data)
+
+    fleet = Fleet(runtime, on_event=on_event)
+    # Clients may connect from now on; they are greeted once the VMs are adopted.
+    server.listen()
+    try:
+        await fleet.start()
+        await server.start(CommandTable(fleet, server.emit, stop.set))
+        ready(path)
+        await stop.wait()
+        log.info("ending; the VMs go on")
+    finally:
+        await server.close()
+        await fleet.close()

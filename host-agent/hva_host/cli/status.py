@@ -1,0 +1,136 @@
+"""``hvaqemu status``: all about one VM."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from hva_host.cli.arguments import Subparsers, add_command, add_json, add_name
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from hva_host.agent.model import EpochStats, Measure, VmStatus
+
+_EPOCHS_SHOWN = 8
+_DESCRIPTION = """\
+Show one VM: its memory on the host and what giving it back costs, what the last epochs did, and how
+long the guest's processors waited for pages to come back.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    examples = "hvaqemu status quickstart\nhvaqemu status quickstart --json"
+    parser = add_command(subparsers, "status", "show one VM", _DESCRIPTION, examples)
+    add_name(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from hva_host.cli.output import print_json, show
+    from hva_host.cli.session import with_agent
+
+    vm = with_agent(lambda client: client.status(options.name))
+    if options.json:
+        print_json(vm.model_dump(mode="json"))
+    else:
+        show(*render(vm))
+    return 0
+
+
+def render(vm: VmStatus) -> list[RenderableType]:
+    """The VM, its memory, its epochs; first what needs its operator."""
+    from hva_host.cli.output import LOUD, cell, pairs
+    from hva_host.cli.states import advice, is_loud, state_cell
+    from hvaqemu.units import format_duration, format_size
+
+    state = state_cell(vm.state)
+    if vm.reason and not is_loud(vm.state):
+        state.append(f" ({cell(vm.reason).plain})", style="default not bold")
+    rows: list[tuple[str, object]] = [("name", vm.name), ("state", state)]
+    if vm.reclaim_refused:
+        rows.append(("not reclaimed", cell(vm.reclaim_refused, "yellow")))
+    agent = f"connected: {vm.guest_kernel}" if vm.guest_connected else "not connected"
+    restarts = f", restarted {vm.pager_restarts} times, longest pause {format_duration(vm.pager_pause_s)}"
+    rows += [
+        ("processes", f"QEMU {vm.pid}, pager {vm.pager_pid}{restarts if vm.pager_restarts else ''}"),
+        ("guest agent", agent),
+        ("memory", format_size(vm.memory_bytes)),
+        *(_memory(vm.measure) if vm.measure else [("measure", "no answer from the pager")]),
+    ]
+    stalls = vm.stalls
+    if stalls.count:
+        waited = ", ".join(
+            f"{name} {format_duration(seconds)}"
+            for name, seconds in (
+                ("sum", stalls.sum_s),
+                ("median", stalls.median_s),
+                ("p99", stalls.p99_s),
+                ("longest", stalls.longest_s),
+            )
+        )
+        rows.append(("vCPUs waited", f"{stalls.count:,} times: {waited}"))
+    parts: list[RenderableType] = [cell(advice(vm), LOUD)] if is_loud(vm.state) else []
+    parts.append(pairs(rows))
+    for held in vm.held:
+        parts.append(cell(f"held: {len(held.pages)} pages of {held.layer}: {held.reason}", LOUD))
+    if vm.epochs:
+        parts += ["", _epochs(vm.epochs)]
+    return parts
+
+
+def _memory(measure: Measure) -> list[tuple[str, object]]:
+    from hvaqemu.pages import PAGE_SIZE
+    from hvaqemu.units import format_duration, format_size
+
+    def pages(count: int) -> str:
+        return format_size(count * PAGE_SIZE)
+
+    free = format_size(measure.guest_free_bytes) if measure.guest_free_bytes >= 0 else "unknown"
+    return [
+        ("up", format_duration(measure.uptime_s)),
+        ("backing", format_size(measure.backing_bytes)),
+        (
+            "discarded",
+            f"{pages(measure.zero_pages)} come back as zeros, {pages(measure.layer_pages)} from layers, "
+            f"{pages(measure.preserved_pages)} from the store",
+        ),
+        ("refaults", f"{measure.refaults:,} brought {pages(measure.refault_pages)} back"),
+        (
+            "own memory",
+            f"QEMU {format_size(measure.qemu_rss_bytes)}, pager {format_size(measure.pager_rss_bytes)}, "
+            f"host agent {format_size(measure.agent_rss_bytes)}, store {format_size(measure.store_bytes)}",
+        ),
+        ("layers cached", f"{format_size(measure.layer_cached_bytes)} in the host's page cache"),
+        ("guest's free", free),
+    ]
+
+
+def _epochs(epochs: list[EpochStats]) -> Table:
+    from hva_host.cli.output import cell, table
+    from hvaqemu.units import format_duration
+
+    phases = ("scan", "protect", "prove", "confirm", "discard", "total")
+    made = table(
+        "#EPOCH",
+        *(f"#{name}" for name in ("candidates", "proven", "touched", "unmatched", "unconfirmed", "discarded")),
+        *(f"#{phase}" for phase in phases),
+        "note",
+    )
+    for epoch in epochs[-_EPOCHS_SHOWN:]:
+        counts = (
+            epoch.candidates,
+            epoch.proven,
+            epoch.touched,
+            epoch.unmatched,
+            epoch.unconfirmed,
+            epoch.discarded,
+        )
+        made.add_row(
+            str(epoch.number),
+            *(f"{count:,}" for count in counts),
+            *(format_duration(getattr(epoch.seconds, phase)) for phase in phases),
+            cell(epoch.note),
+        )
+    return made

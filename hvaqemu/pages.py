@@ -7,7 +7,8 @@ guest RAM from guest physical address 0.
 from __future__ import annotations
 
 import enum
-from typing import Iterable, Iterator, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT

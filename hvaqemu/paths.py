@@ -1,4 +1,4 @@
-"""Where the project keeps its files: built things in the cache, running VMs in the runtime directory, their disks in the state directory.
+"""Where the project keeps its files: what it built, what runs, and the disks of what runs.
 
 Each is made for its owner only (0700). The environment variables named below take precedence; then the XDG base
 directories; root gets the system's own places.
@@ -56,12 +56,14 @@ def runtime_dir() -> Path:
     fallback = Path(f"/tmp/hvaqemu-{os.geteuid()}")
     path = _private(_place("HVAQEMU_RUNTIME_DIR", "/run/hvaqemu", "XDG_RUNTIME_DIR", fallback))
     if len(os.fsencode(path)) > 60:
-        raise HostError(f"{path}: too long for the sockets below it", "set HVAQEMU_RUNTIME_DIR to a path of at most 60 bytes")
+        raise HostError(
+            f"{path}: too long for the sockets below it", "set HVAQEMU_RUNTIME_DIR to a path of at most 60 bytes"
+        )
     return path
 
 
 def state_dir() -> Path:
-    """Disks that VMs write. On a real file system: the runtime directory is often host memory. ``HVAQEMU_STATE_DIR``."""
+    """Disks that VMs write; not in the runtime directory, which often is host memory. ``HVAQEMU_STATE_DIR``."""
     return _private(
         _place("HVAQEMU_STATE_DIR", "/var/lib/hvaqemu", "XDG_STATE_HOME", Path.home() / ".local/state/hvaqemu")
     )

@@ -197,7 +197,7 @@ def _step(data: Any, _union: ValidatorFunctionWrapHandler) -> Step:
     if isinstance(data, Step):
         return data
     if not isinstance(data, Mapping):
-        raise ValueError(f"a step is a mapping with one of {', '.join(_VERBS)}")  # noqa: TRY004 - pydantic takes only this
+        raise ValueError(f"a step is a mapping with one of {', '.join(_VERBS)}")
     verbs = [key for key in data if key in _VERBS]
     if len(verbs) != 1:
         found = f"not {' and '.join(verbs)}" if verbs else f"not {', '.join(map(str, data)) or 'nothing'}"

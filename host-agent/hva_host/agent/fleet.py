@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hva_host.agent import records
+from hva_host.agent.lifecycle import adopt_vm, check_free, command_of, end_orphan, start_vm
 from hva_host.agent.plan import Progress
 from hva_host.agent.records import VmFolder
-from hva_host.agent.lifecycle import adopt_vm, check_free, command_of, end_orphan, start_vm
 from hva_host.agent.vm import Listener, Vm
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, HvaError, PeerLost

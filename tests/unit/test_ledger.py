@@ -1,0 +1,85 @@
+"""The ledger without a userfaultfd: layout, version, bounds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hva_host.memory import ledger as module
+from hva_host.memory.ledger import (
+    LAYERS,
+    ZERO_ENTRY,
+    LayerRecord,
+    Ledger,
+    entry_block,
+    entry_kind,
+    entry_layer,
+    layer_entry,
+)
+from hvaqemu.errors import RefusedError
+from hvaqemu.pages import Residence
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    found = os.memfd_create("ledger")
+    yield found
+    os.close(found)
+
+
+@given(st.integers(0, LAYERS - 1), st.integers(0, (1 << 40) - 1))
+def test_layer_entries_round_trip(layer: int, block: int) -> None:
+    entry = layer_entry(layer, block)
+    assert (entry_kind(entry), entry_layer(entry), entry_block(entry)) == (Residence.LAYER, layer, block)
+    assert entry < 1 << 64
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for layer, block in ((LAYERS, 0), (-1, 0), (0, 1 << 40), (0, -1)):
+        with pytest.raises(ValueError):
+            layer_entry(layer, block)
+
+
+def test_what_one_pager_wrote_the_next_one_reads(fd: int) -> None:
+    record = LayerRecord(1, 2, 3, 4, 5, 6, "/a/golden image,1.raw", "/b/é.idx")
+    first = Ledger(os.dup(fd), 100)
+    first.entries[7] = ZERO_ENTRY
+    first.record_layer(3, record)
+    first.count(module.Counter.REFAULTS, 5)
+    second = Ledger(os.dup(fd), 100)
+    assert second.entries[7] == ZERO_ENTRY
+    assert second.layers() == {3: record}
+    assert second.counters[module.Counter.REFAULTS] == 5
+    assert second.totals()[Residence.ZERO] == 1
+
+
+def test_a_slot_is_written_once(fd: int) -> None:
+    ledger = Ledger(os.dup(fd), 8)
+    record = LayerRecord(1, 2, 3, 4, 5, 6, "/a", "/b")
+    ledger.record_layer(0, record)
+    with pytest.raises(RefusedError, match="taken"):
+        ledger.record_layer(0, record)
+    with pytest.raises(RefusedError, match="too long"):
+        ledger.record_layer(1, LayerRecord(1, 2, 3, 4, 5, 6, "/a" * 4000, "/b"))
+    assert list(ledger.layers()) == [0]
+
+
+def test_another_version_or_size_is_refused(fd: int) -> None:
+    Ledger(os.dup(fd), 8)
+    with pytest.raises(RefusedError, match="not one for 16 pages"):
+        Ledger(os.dup(fd), 16)
+    os.pwrite(fd, (2).to_bytes(8, "little"), 8)
+    with pytest.raises(RefusedError, match="version 2"):
+        Ledger(os.dup(fd), 8)
+
+
+def test_a_ledger_cut_off_while_it_was_laid_out_is_laid_out_anew(fd: int) -> None:
+    Ledger(os.dup(fd), 8)
+    os.pwrite(fd, bytes(8), 0)
+    os.pwrite(fd, (77).to_bytes(8, "little"), 8)
+    assert Ledger(os.dup(fd), 8).pages == 8
+    assert Ledger(os.dup(fd), 8).totals()[Residence.LAYER] == 0

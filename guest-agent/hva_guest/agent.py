@@ -48,7 +48,7 @@ QUEUE_BOUND = 512 * 1024
 SCANS_MAX = 8
 #: Seconds between looks for a port that is not there, and for a host that has let go of its end.
 _REOPEN = 0.5
-_HOST_POLL = 0.2
+_HOST_POLL = 0.5
 #: Seconds between looks at an incomplete frame.
 _STALE_POLL = 0.5
 

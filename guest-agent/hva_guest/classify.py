@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 
-from hvaqemu.pages import PageAttribute, PageState
+from hvaqemu.pages import STATE_MASK, PageAttribute, PageState
 
 
 class Flag(enum.IntEnum):
@@ -107,8 +107,9 @@ _CLASS_TABLES = {swapcache: _class_table(swapcache) for swapcache in (False, Tru
 #: Both copy verdicts where the byte of lane 1 says head, of lane 2 says tail, and nothing elsewhere.
 _HEADS = bytes(_COPIES if value & 0x80 else 0 for value in range(256))
 _TAILS = bytes(_COPIES if value & 0x01 else 0 for value in range(256))
+_STATES = bytes(value & STATE_MASK for value in range(256))
 #: "Free" as a binary digit, for :func:`free_bitmap`.
-_DIGITS = bytes(b"01"[value & 0x0F == PageState.UNUSED] for value in range(256))
+_DIGITS = bytes(b"01"[value & STATE_MASK == PageState.UNUSED] for value in range(256))
 
 
 def classify(words: bytes, byteorder: str, swapcache: bool = True) -> bytes:
@@ -156,5 +157,6 @@ def free_bitmap(classes: bytes) -> bytes:
 
 def count_states(classes: bytes) -> list[int]:
     """Pages in each :class:`PageState` of a class map."""
-    low = classes.translate(bytes(value & 0x0F for value in range(256)))
-    return [low.count(state) for state in PageState]
+    states = classes.translate(_STATES)
+    others = [states.count(state) for state in PageState if state != PageState.STABLE]
+    return [len(classes) - sum(others), *others]

@@ -44,15 +44,15 @@ class Residence(enum.IntEnum):
 
 
 class Run(NamedTuple):
-    """``count`` pages from ``start`` (a pfn) on; never empty."""
+    """``pages`` pages from ``start`` (a pfn) on; never empty."""
 
     start: int
-    count: int
+    pages: int
 
     @property
     def stop(self) -> int:
         """The first pfn behind the run."""
-        return self.start + self.count
+        return self.start + self.pages
 
 
 def coalesce(pfns: Iterable[int]) -> Iterator[Run]:

@@ -28,7 +28,7 @@ def test_numpy_runs_are_the_same(given_pfns: list[int]) -> None:
     mask = np.zeros(256, dtype=np.bool_)
     mask[given_pfns] = True
     assert runs_of(mask) == wanted
-    assert runs_of(mask, 1000) == [Run(run.start + 1000, run.count) for run in wanted]
+    assert runs_of(mask, 1000) == [Run(run.start + 1000, run.pages) for run in wanted]
     assert runs_of_pfns(np.array(given_pfns, dtype=np.int64)) == wanted
 
 

@@ -42,7 +42,7 @@ class Backing:
         """
         position = 0
         for run in runs:
-            end = position + run.count * PAGE_SIZE
+            end = position + run.pages * PAGE_SIZE
             if os.preadv(self.fd, [into[position:end]], run.start * PAGE_SIZE) != end - position:
                 raise OSError(errno.EIO, f"guest RAM ends before page {run.stop}")
             position = end
@@ -50,7 +50,7 @@ class Backing:
 
     def punch(self, run: Run) -> None:
         """Give the frames of a run back to the host."""
-        punch_hole(self.fd, run.start * PAGE_SIZE, run.count * PAGE_SIZE)
+        punch_hole(self.fd, run.start * PAGE_SIZE, run.pages * PAGE_SIZE)
 
     def present_runs(self, start: int, stop: int) -> Iterator[Run]:
         """The runs of present pages in pfns ``[start, stop)``, swapped ones included.

@@ -30,8 +30,6 @@ _MAGIC = b"HVAINDX1"
 _HEADER = struct.Struct("=8sQQQQQQQQ")
 _CHUNK = 4 << 20
 
-NOT_FOUND = np.int64(-1)
-
 
 class StaleIndexError(HostError):
     """An index is missing, damaged, or of another file: build it again."""
@@ -47,6 +45,8 @@ class LayerIndex:
 
     :ivar fingerprints: uint64, shape ``(blocks,)``, by block.
     :ivar seed: of the fingerprints.
+    :ivar ordered: uint64, the distinct fingerprints of non-zero blocks, ascending; ``ordered_blocks`` (uint32) has
+        the block of each.
     :ivar digest: XXH3-64 over ``fingerprints``; equal digests and seeds mean equal layers.
     """
 
@@ -73,33 +73,14 @@ class LayerIndex:
             raise StaleIndexError(f"{path}: is of another file")
         self.blocks: int = blocks
         self.fingerprints: NDArray[np.uint64] = np.frombuffer(data, np.uint64, blocks, PAGE_SIZE)
-        self._sorted: NDArray[np.uint64] = np.frombuffer(data, np.uint64, distinct, PAGE_SIZE + blocks * 8)
-        self._blocks: NDArray[np.uint32] = np.frombuffer(data, np.uint32, distinct, PAGE_SIZE + (blocks + distinct) * 8)
+        self.ordered: NDArray[np.uint64] = np.frombuffer(data, np.uint64, distinct, PAGE_SIZE + blocks * 8)
+        self.ordered_blocks: NDArray[np.uint32] = np.frombuffer(
+            data, np.uint32, distinct, PAGE_SIZE + (blocks + distinct) * 8
+        )
 
     def verify(self) -> bool:
         """Is the index itself undamaged? Reads all of it."""
         return _digest(self.fingerprints) == self.digest
-
-    def lookup(self, wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The block with each wanted fingerprint, ``NOT_FOUND`` where there is none; shapes ``(n,)``.
-
-        Where several blocks are alike, the one that continues the block of the page before is preferred: files are
-        read in order, and a run of blocks refaults in one call.
-        """
-        blocks = np.full(len(wanted), NOT_FOUND)
-        if not len(self._sorted) or not len(wanted):
-            return blocks
-        order = np.argsort(wanted)
-        places = np.empty(len(wanted), dtype=np.int64)
-        places[order] = np.searchsorted(self._sorted, wanted[order])
-        places[places == len(self._sorted)] = 0
-        found = self._sorted[places] == wanted
-        blocks[found] = self._blocks[places[found]]
-        for i in np.flatnonzero(found[1:] & (blocks[1:] != blocks[:-1] + 1)) + 1:
-            following = int(blocks[i - 1]) + 1
-            if 0 < following < self.blocks and self.fingerprints[following] == wanted[i]:
-                blocks[i] = following
-        return blocks
 
 
 def _digest(by_block: NDArray[np.uint64]) -> int:

@@ -12,7 +12,7 @@ import xxhash
 
 from hva_host.memory.index import LayerIndex, StaleIndexError, fingerprint_file
 from hva_host.memory.ledger import LayerRecord
-from hva_host.memory.native import fingerprints
+from hva_host.memory.native import LayerTable, fingerprints
 from hvaqemu.errors import HostError
 from hvaqemu.pages import PAGE_SHIFT, PAGE_SIZE
 
@@ -75,6 +75,13 @@ class Layer:
     def blocks(self) -> int:
         """4 KiB blocks in the layer."""
         return self.index.blocks
+
+    def table(self, first_entry: int) -> LayerTable:
+        """This layer for the C code; ``first_entry`` is the ledger entry of its block 0."""
+        index = self.index
+        return LayerTable(
+            self.fd, not self._nowait, index.seed, first_entry, index.fingerprints, index.ordered, index.ordered_blocks
+        )
 
     def close(self) -> None:
         os.close(self.fd)

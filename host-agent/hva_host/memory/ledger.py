@@ -105,7 +105,9 @@ def entry_block(entry: int) -> int:
 class Ledger:
     """A mapped ledger, locked to this process.
 
-    :ivar entries: uint64, shape ``(pages,)``; assign elements or fancy-indexed sets of them, both store aligned words.
+    :ivar entries: uint64, shape ``(pages,)``; assigning elements or sets of them stores aligned words.
+    :ivar words: the same memory for single entries, several times faster than through numpy.
+    :ivar counters: by :class:`Counter`.
     """
 
     def __init__(self, fd: int, pages: int) -> None:
@@ -141,11 +143,12 @@ class Ledger:
             )
         self.pages = pages
         self.entries: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, pages, _ENTRIES_OFFSET)
-        self.counters: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, len(Counter), _COUNTERS_OFFSET)
+        self.words = memoryview(self._map)[_ENTRIES_OFFSET:].cast("Q")
+        self.counters = memoryview(self._map)[_COUNTERS_OFFSET : _COUNTERS_OFFSET + 8 * len(Counter)].cast("Q")
 
     def count(self, counter: Counter, by: int = 1) -> None:
         """Add to a counter."""
-        self.counters[counter] += np.uint64(by)
+        self.counters[counter] += by
 
     def totals(self) -> dict[Residence, int]:
         """Pages whose entry names each non-resident residence."""

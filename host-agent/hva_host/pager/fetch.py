@@ -17,7 +17,7 @@ from hvaqemu.pages import PAGE_SHIFT, Run
 
 @dataclass(frozen=True)
 class Fetched:
-    """``run.count`` blocks read for the ledger entry ``entry`` of ``run.start``, or why they could not be."""
+    """``run.pages`` blocks read for the ledger entry ``entry`` of ``run.start``, or why they could not be."""
 
     layer: str
     run: Run
@@ -77,10 +77,10 @@ class Fetcher:
     def _work(self) -> None:
         while (job := self._wanted.get()) is not None:
             layer, block, run, entry = job
-            data = memoryview(bytearray(run.count << PAGE_SHIFT))
+            data = memoryview(bytearray(run.pages << PAGE_SHIFT))
             error = ""
             try:
-                layer.read(block, run.count, data, wait=True)
+                layer.read(block, run.pages, data, wait=True)
             except LayerBetrayed as betrayal:
                 error = betrayal.message
             self._done.put(Fetched(str(layer.path), run, entry, data, error))

@@ -58,7 +58,7 @@ class Ram:
         :raise PeerLost: QEMU is gone.
         :raise OSError: the host has no memory for page tables.
         """
-        if not self.uffd.protect(self.address(run.start), run.count << PAGE_SHIFT):
+        if not self.uffd.protect(self.address(run.start), run.pages << PAGE_SHIFT):
             raise PeerLost("QEMU is gone")
 
     def unprotect(self, run: Run) -> None:
@@ -66,7 +66,7 @@ class Ram:
 
         :raise PeerLost: QEMU is gone.
         """
-        if not self.uffd.unprotect(self.address(run.start), run.count << PAGE_SHIFT):
+        if not self.uffd.unprotect(self.address(run.start), run.pages << PAGE_SHIFT):
             raise PeerLost("QEMU is gone")
 
     def wake(self, run: Run) -> None:
@@ -74,7 +74,7 @@ class Ram:
 
         :raise PeerLost: QEMU is gone.
         """
-        if not self.uffd.wake(self.address(run.start), run.count << PAGE_SHIFT):
+        if not self.uffd.wake(self.address(run.start), run.pages << PAGE_SHIFT):
             raise PeerLost("QEMU is gone")
 
     def discard(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64], runs: list[Run]) -> None:

@@ -103,12 +103,12 @@ class Refaults:
         :raise PeerLost: QEMU is gone.
         """
         ram = self._ram
-        entry = int(ram.ledger.entries[pfn])
+        entry = ram.ledger.words[pfn]
         kind = entry_kind(entry)
         if kind in (Residence.RESIDENT, Residence.ZERO):
             run = self._zero_run(pfn, length)
             self._leave(run.start, run.stop)
-            return self._filled(run, length, ram.uffd.zero(ram.address(pfn), run.count << PAGE_SHIFT))
+            return self._filled(run, length, ram.uffd.zero(ram.address(pfn), run.pages << PAGE_SHIFT))
         if kind == Residence.LAYER:
             return self._fill_from_layer(entry, self._layer_run(pfn, entry, length), length)
         self._hold(Run(pfn, 1), "ledger", f"damaged entry {entry:#018x}")
@@ -121,8 +121,8 @@ class Refaults:
         """
         run = result.run
         entries = self._ram.ledger.entries[run.start : run.stop]
-        changed = np.flatnonzero(entries != np.uint64(result.entry) + np.arange(run.count, dtype=np.uint64))
-        count = int(changed[0]) if len(changed) else run.count
+        changed = np.flatnonzero(entries != np.uint64(result.entry) + np.arange(run.pages, dtype=np.uint64))
+        count = int(changed[0]) if len(changed) else run.pages
         if count == 0:
             # Somebody was faster with the first page, the one that is waited for; it may wait for another reason now.
             self._waiting.pop(run.start, None)
@@ -175,18 +175,18 @@ class Refaults:
         if layer is None:
             self._hold(Run(run.start, 1), f"slot {slot}", self._ram.broken.get(slot, "no such layer"))
             return 0
-        if block + run.count > layer.blocks:
+        if block + run.pages > layer.blocks:
             if block >= layer.blocks:
                 self._hold(Run(run.start, 1), str(layer.path), f"no block {block}")
                 return 0
             run = Run(run.start, layer.blocks - block)
         try:
-            layer.read(block, run.count, self._buffer.view, wait=False)
+            layer.read(block, run.pages, self._buffer.view, wait=False)
         except NotCached:
             self._fetcher.fetch(layer, block, run, entry)
             return 0
         except LayerBetrayed as error:
-            if run.count > 1:
+            if run.pages > 1:
                 return self._fill_from_layer(entry, Run(run.start, 1), 1)
             self._hold(run, str(layer.path), error.message)
             return 0
@@ -195,7 +195,7 @@ class Refaults:
     def _serve_checked(self, entry: int, run: Run, length: int) -> int:
         """Fill from the buffer what is right in it."""
         layer = self._ram.layers[entry_layer(entry)]
-        right = layer.check(entry_block(entry), run.count, self._buffer.view)
+        right = layer.check(entry_block(entry), run.pages, self._buffer.view)
         if right == 0:
             self._hold(Run(run.start, 1), str(layer.path), f"block {entry_block(entry)} has changed")
             return 0
@@ -203,19 +203,22 @@ class Refaults:
         self._leave(run.start, run.stop)
         ram = self._ram
         return self._filled(
-            run, length, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.count << PAGE_SHIFT)
+            run, length, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.pages << PAGE_SHIFT)
         )
 
     def _filled(self, run: Run, length: int, result: FillResult) -> int:
         ram = self._ram
         count = result.filled >> PAGE_SHIFT
         if count:
-            ram.ledger.entries[run.start : run.start + count] = NO_ENTRY
+            if count == 1:
+                ram.ledger.words[run.start] = NO_ENTRY
+            else:
+                ram.ledger.entries[run.start : run.start + count] = NO_ENTRY
             ram.ledger.count(Counter.REFAULTS)
             ram.ledger.count(Counter.REFAULT_PAGES, count)
             self._streams.filled(Run(run.start, count), length)
         elif result.outcome is Fill.PRESENT:
-            ram.ledger.entries[run.start] = NO_ENTRY
+            ram.ledger.words[run.start] = NO_ENTRY
             ram.wake(Run(run.start, 1))
         elif result.outcome is Fill.AGAIN:
             self._retry[run.start] = 0.0

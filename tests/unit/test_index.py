@@ -47,10 +47,11 @@ def test_lookup_finds_a_block_of_the_same_content_or_none(
     image, path = make(tmp_path_factory.mktemp("index"), layer)
     index = LayerIndex(path, image.stat())
     for seed, block in zip(wanted, lookup(table(index), prints(index, wanted)).tolist(), strict=True):
-        if seed == 0 or seed not in layer:
+        if seed not in layer:
             assert block == -1
         else:
-            assert layer[block] == seed
+            # Zeros are not looked for: they need no layer to come back from.
+            assert layer[block] == seed or (seed == 0 and block == -1)
 
 
 def test_a_run_is_found_as_a_run_where_blocks_repeat(tmp_path: Path) -> None:

@@ -24,17 +24,19 @@ CONFIGURED = frozenset(
         "bash",
         "coreutils",
         "cpio",
+        "cpp",
         "dash",
         "debconf",
         "debianutils",
         "dpkg",
         "e2fsprogs",
-        "git",
+        "gcc",
         "init-system-helpers",
         "iproute2",
         "kmod",
         "libc-bin",
         "libc6",
+        "libcrypt-dev",
         "libgcrypt20",
         "libgssapi-krb5-2",
         "libpam-modules",
@@ -46,7 +48,6 @@ CONFIGURED = frozenset(
         "login",
         "mawk",
         "passwd",
-        "perl",
         "perl-base",
         "procps",
         "psmisc",
@@ -63,22 +64,21 @@ CONFIGURED = frozenset(
     ]
 )
 
-_MAN = "/usr/share/man/man"
 #: What update-alternatives is told: link, name, target, priority, and (link, name, target) of those that go with it.
+#: Manual pages are not in the image, and update-alternatives leaves out links to what is not there.
 _ALTERNATIVES: list[tuple[str, str, str, int, list[tuple[str, str, str]]]] = [
     ("/usr/bin/awk", "awk", "/usr/bin/mawk", 5, [
-        (f"{_MAN}1/awk.1.gz", "awk.1.gz", f"{_MAN}1/mawk.1.gz"),
         ("/usr/bin/nawk", "nawk", "/usr/bin/mawk"),
-        (f"{_MAN}1/nawk.1.gz", "nawk.1.gz", f"{_MAN}1/mawk.1.gz"),
     ]),
-    ("/usr/bin/pager", "pager", "/bin/more", 50, [(f"{_MAN}1/pager.1.gz", "pager.1.gz", f"{_MAN}1/more.1.gz")]),
-    ("/usr/bin/which", "which", "/usr/bin/which.debianutils", 0,
-        [(f"{_MAN}1/which.1.gz", "which.1.gz", f"{_MAN}1/which.debianutils.1.gz")]),
-    ("/usr/sbin/rmt", "rmt", "/usr/sbin/rmt-tar", 50, [(f"{_MAN}8/rmt.8.gz", "rmt.8.gz", f"{_MAN}8/rmt-tar.8.gz")]),
+    ("/usr/bin/pager", "pager", "/bin/more", 50, []),
+    ("/usr/bin/which", "which", "/usr/bin/which.debianutils", 0, []),
+    ("/usr/sbin/rmt", "rmt", "/usr/sbin/rmt-tar", 50, []),
+    ("/usr/bin/cc", "cc", "/usr/bin/gcc", 20, []),
+    ("/usr/bin/c89", "c89", "/usr/bin/c89-gcc", 20, []),
+    ("/usr/bin/c99", "c99", "/usr/bin/c99-gcc", 20, []),
+    ("/lib/cpp", "cpp", "/usr/bin/cpp", 10, []),
     ("/usr/bin/lzma", "lzma", "/usr/bin/xz", 20, [
-        (f"{_MAN}1/lzma.1.gz", "lzma.1.gz", f"{_MAN}1/xz.1.gz"),
         ("/usr/bin/unlzma", "unlzma", "/usr/bin/unxz"),
-        (f"{_MAN}1/unlzma.1.gz", "unlzma.1.gz", f"{_MAN}1/unxz.1.gz"),
         *((f"/usr/bin/lz{tool}", f"lz{tool}", f"/usr/bin/xz{tool}")
           for tool in ("cat", "more", "less", "diff", "cmp", "grep", "egrep", "fgrep")),
     ]),
@@ -92,6 +92,15 @@ _PAM: dict[str, tuple[str, str]] = {
     "session": ("[default=1]\tpam_permit.so", "requisite\tpam_deny.so"),
     "session-noninteractive": ("[default=1]\tpam_permit.so", "requisite\tpam_deny.so"),
 }
+
+
+_EXCLUDED = ("/usr/share/man/", "/usr/share/locale/")
+_INCLUDED = "/usr/share/locale/locale.alias"
+
+
+def excluded(path: str) -> bool:
+    """Whether a package's file is left out of images, as ``data/dpkg-excludes`` tells the guest's dpkg."""
+    return path.startswith(_EXCLUDED) and path != _INCLUDED
 
 
 def data(name: str) -> bytes:
@@ -193,9 +202,7 @@ def _alternatives(tree: Tree) -> None:
             continue
         argv = ["update-alternatives", "--root", str(tree.root), "--log", "/dev/null", "--quiet"]
         argv += ["--install", link, name, target, str(priority)]
-        for slave in slaves:
-            if tree.exists(slave[2]):
-                argv += ["--slave", *slave]
+        argv += [word for slave in slaves for word in ("--slave", *slave)]
         run(argv, what="setting up alternatives", deadline=30)
 
 
@@ -231,6 +238,7 @@ def _own(tree: Tree, name: str, agent: bytes) -> None:
         tree.link(f"/usr/local/sbin/{program}", "/usr/bin/busybox")
     tree.write("/etc/hostname", f"{name}\n")
     tree.write("/etc/hosts", f"127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+    tree.write("/etc/dpkg/dpkg.cfg.d/hva-excludes", data("dpkg-excludes"))
     tree.write("/etc/fstab", data("fstab"))
     for path in ("pts", "shm"):
         tree.directory(f"/usr/lib/hva/dev/{path}")

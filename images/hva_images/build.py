@@ -28,7 +28,8 @@ from hva_images.tree import Tree
 from hvaqemu.errors import ConfigError, HostError
 from hvaqemu.units import MiB, format_duration, format_size
 
-KERNEL_ARGS = "root=/dev/vda rw"
+#: The initramfs takes the first virtio disk on the bus as root.
+KERNEL_ARGS = "rw"
 ARCHITECTURE = "s390x"
 #: Seconds for downloading and unpacking all packages.
 _DOWNLOAD_DEADLINE = 1800.0
@@ -186,7 +187,7 @@ def _unpack(tree: Tree, packages: list[str], sources: Sources, work: Path, progr
     known = {f"/{link}" for link in ("bin", "sbin", "lib")}
     for deb in debs:
         tree.claim(deb.members)
-        known.update(tree.real(member.path) for member in deb.members)
+        known.update(tree.real(member.path) for member in deb.members if not base.excluded(member.path))
     tree.sweep(known)
     return debs
 

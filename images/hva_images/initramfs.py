@@ -58,13 +58,13 @@ def build_initramfs(tree: Path, release: str, script: bytes) -> bytes:
     modules = f"lib/modules/{release}"
     paths = [f"{modules}/{module.path}" for module in drivers.values()]
     directories = {str(parent) for path in paths for parent in Path(path).parents} - {"."}
-    directories |= {"bin", "dev", "etc", "newroot", "proc"}
+    directories |= {"bin", "dev", "etc", "newroot", "proc", "sys"}
     entries = [Entry(path, stat.S_IFDIR | 0o755) for path in sorted(directories)]
     entries += [
         Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
         Entry("bin/busybox", stat.S_IFREG | 0o755, busybox),
         Entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"),
-        Entry("etc/fstab", stat.S_IFREG | 0o644, b"dev /dev devtmpfs rw\nproc /proc proc rw\n"),
+        Entry("etc/fstab", stat.S_IFREG | 0o644, b"dev /dev devtmpfs rw\nproc /proc proc rw\nsys /sys sysfs rw\n"),
         Entry("init", stat.S_IFREG | 0o755, script.replace(b"@DRIVERS@", " ".join(DRIVERS).encode())),
     ]
     entries += [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 from numpy.typing import NDArray
 
 from hva_host.agent.model import Sample
@@ -41,7 +42,7 @@ def draw(report: ScenarioReport) -> bytes:
     """The picture as PNG. A report without samples gives one that says so."""
     figure = Figure(figsize=(12.5, 8.2), dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    name = _vm_name(report)
+    name = str(_vm(report).get("name", "VM"))
     if len(report.timeline) < 2:
         figure.text(0.5, 0.5, f"{name}: the run ended before there was anything to show", ha="center", color=_INK)
         return _png(figure)
@@ -50,7 +51,7 @@ def draw(report: ScenarioReport) -> bytes:
     memory, states, refaults = axes
     at = np.array([sample.at_s for sample in report.timeline])
     _memory(memory, report, at)
-    _states(states, report.timeline, at)
+    _states(states, report, at)
     _refaults(refaults, report.timeline, at)
     for each in axes:
         _dress(each)
@@ -67,12 +68,13 @@ def _png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _vm_name(report: ScenarioReport) -> str:
-    return str(report.configuration.get("scenario", {}).get("vm", {}).get("name", "VM"))
+def _vm(report: ScenarioReport) -> dict[str, Any]:
+    """The VM's configuration, as far as the report has it."""
+    return dict(report.configuration.get("scenario", {}).get("vm", {}))
 
 
 def _title(report: ScenarioReport, name: str) -> str:
-    vm = report.configuration.get("scenario", {}).get("vm", {})
+    vm = _vm(report)
     parts = [name]
     if memory := vm.get("memory"):
         parts.append(f"{memory // MiB} MiB")
@@ -93,16 +95,16 @@ def _memory(axes: Axes, report: ScenarioReport, at: Series) -> None:
     zero = _mib([sample.zero_pages for sample in samples])
     axes.stackplot(at, backing, layer, zero, labels=list(_RESIDENCES), colors=list(_RESIDENCES.values()), lw=0)
     axes.set_ylabel("guest RAM, MiB", fontsize=11, color=_INK)
-    axes.set_ylim(0, float((backing + layer + zero).max()) * 1.04 or 1)
+    _scale(axes, report, float((backing + layer + zero).max()))
     _legend(axes)
 
 
-def _states(axes: Axes, samples: Sequence[Sample], at: Series) -> None:
-    layers = [_mib([sample.states.get(state, 0) for sample in samples]) for state in _STATES]
+def _states(axes: Axes, report: ScenarioReport, at: Series) -> None:
+    layers = [_mib([sample.states.get(state, 0) for sample in report.timeline]) for state in _STATES]
     axes.stackplot(at, *layers, labels=list(_STATES), colors=list(_STATES.values()), lw=0, step="post")
     axes.set_ylabel("guest's newest scan, MiB", fontsize=11, color=_INK)
-    total = float(sum(layers).max())  # type: ignore[union-attr]
-    axes.set_ylim(0, total * 1.04 or 1)
+    total = float(np.sum(layers, axis=0).max())
+    _scale(axes, report, total)
     if not total:
         axes.text(0.5, 0.5, "no scan was made", transform=axes.transAxes, ha="center", color=_FAINT)
     _legend(axes)
@@ -116,7 +118,15 @@ def _refaults(axes: Axes, samples: Sequence[Sample], at: Series) -> None:
     axes.fill_between(at, rate, color=_REFAULTS, lw=0, step="pre", label="refaulted")
     axes.set_ylabel("MiB/s", fontsize=11, color=_INK)
     axes.set_ylim(0, float(rate.max()) * 1.1 or 1)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     _legend(axes)
+
+
+def _scale(axes: Axes, report: ScenarioReport, highest: float) -> None:
+    """All of the guest's RAM, in quarters."""
+    memory = int(_vm(report).get("memory", 0)) / MiB or highest or 1.0
+    axes.set_ylim(0, max(memory, highest) * 1.03)
+    axes.yaxis.set_major_locator(MultipleLocator(memory / 4))
 
 
 def _legend(axes: Axes) -> None:
@@ -129,7 +139,6 @@ def _legend(axes: Axes) -> None:
 
 
 def _dress(axes: Axes) -> None:
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.tick_params(labelsize=10, colors=_INK, length=3)
     axes.grid(axis="y", color="white", alpha=0.45, lw=0.8)
     for side in ("top", "right"):
@@ -168,21 +177,27 @@ def _mark(top: Axes, report: ScenarioReport, axes: Sequence[Axes]) -> None:
     """A line through all axes at each measure, its name and backing above; in green above where epochs ran."""
     left, right = top.get_xlim()
     per_letter = (right - left) / 125
-    rows: list[float] = []
-    labels: list[tuple[float, str, str]] = []
-    for span in _spans(report, right):
-        labels.append((span.begin, span.label, _SHADE))
+    labels = [(span.begin, span.label, _SHADE) for span in _spans(report, right)]
     for name, measure in report.measures.items():
         labels.append((measure.uptime_s, f"{name} {measure.backing_bytes / MiB:.0f}", _INK))
         for each in axes:
             each.axvline(measure.uptime_s, color=_INK, lw=1.0, ls=(0, (4, 3)))
-    for at, label, color in sorted(labels):
+    placed = []
+    for at, label, color in labels:
         width = (len(label) + 2) * per_letter
-        begin = min(at, right - width)
+        if not left <= at <= right:
+            # Sampling failed there; a label outside would squeeze the axes.
+            continue
+        # Near the right edge a label ends at its line instead of beginning there.
+        side = "right" if at + width > right and at - width >= left else "left"
+        begin = at if side == "left" else at - width
+        placed.append((begin, begin + width, side, at, label, color))
+    rows: list[float] = []
+    for begin, end, side, at, label, color in sorted(placed):
         # The lowest row with room: labels never lie over one another.
-        row = next((number for number, end in enumerate(rows) if end <= begin), len(rows))
-        rows[row:row + 1] = [begin + width]
+        row = next((number for number, taken in enumerate(rows) if taken <= begin), len(rows))
+        rows[row : row + 1] = [end]
         top.annotate(
-            label, (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(1, 5 + 14 * row),
-            textcoords="offset points", fontsize=10, color=color, ha="left", va="bottom", annotation_clip=False,
+            label, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(1 if side == "left" else -1, 5 + 14 * row),
+            textcoords="offset points", fontsize=10, color=color, ha=side, va="bottom", annotation_clip=False,
         )  # fmt: skip

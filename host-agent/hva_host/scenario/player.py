@@ -167,7 +167,7 @@ class Player:
         if plan.every is not None:
             self._vm.start_reclaiming(plan.states, plan.every)
             self._reclaiming = True
-            return f"runs every {format_duration(plan.every)} beside what follows"
+            return "runs beside what follows"
         return reclaimed(await self._reclaim_now(plan))
 
     async def _reclaim_now(self, plan: ReclaimPlan) -> ReclaimResult:

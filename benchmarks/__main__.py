@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("epoch", "refault")
+NAMES = ("epoch", "refault", "guest")
 
 
 def main() -> int:

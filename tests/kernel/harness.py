@@ -80,6 +80,7 @@ class Guest:
         """Answer the faults there are now; answers how many."""
         faults = self.ram.uffd.read()
         self.refaults.answer(faults, time.monotonic())
+        self.refaults.read_ahead()
         for result in self.fetcher.results():
             self.refaults.fetched(result)
         return len(faults)

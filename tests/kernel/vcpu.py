@@ -1,7 +1,8 @@
 """A child process in QEMU's place: it maps a RAM memfd, holds a userfaultfd, and touches pages when told.
 
 Run as a script: ``vcpu.py PAGES``. It prints the RAM's address, then obeys one line at a time on stdin:
-``r PFN`` answers the page as hex of its first 8 bytes and a checksum, ``w PFN TEXT`` writes TEXT at its start.
+``r PFN`` answers the page as hex of its first 8 bytes and a checksum, ``w PFN TEXT`` writes TEXT at its start,
+``m PFN PFN…`` reads a byte of each page, one after the other.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ def main(pages: int) -> None:
         if verb == "r":
             data = memory[start : start + PAGE]
             print(data[:8].hex(), zlib.crc32(data), flush=True)
+        elif verb == "m":
+            for number in (pfn, *rest):
+                memory[int(number) * PAGE]
+            print("ok", flush=True)
         else:
             memory[start : start + len(rest[0])] = rest[0].encode()
             print("ok", flush=True)

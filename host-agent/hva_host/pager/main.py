@@ -55,6 +55,7 @@ class Pager:
         self._work: Iterator[Step] | None = None
         self._finish: Callable[[], None] = lambda: None
         self._resume_at = 0.0
+        self._reading_ahead = False
         self._poller = select.epoll()
         for fd in (self._ram.uffd.fd, self._pidfd, self._fetcher.fd):
             self._poller.register(fd, select.EPOLLIN)
@@ -92,9 +93,12 @@ class Pager:
                     raise PeerLost("QEMU has ended")
                 self._handle(fd, event)
             retry_at = self._refaults.retry(time.monotonic())
+            self._reading_ahead = self._refaults.read_ahead()
             self._advance()
 
     def _timeout(self, now: float, retry_at: float | None) -> float:
+        if self._reading_ahead:
+            return 0.0
         until = now + _IDLE_SECONDS
         if self._work is not None:
             until = self._resume_at

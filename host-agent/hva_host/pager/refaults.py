@@ -11,7 +11,6 @@ Ordering, kept by every answer here:
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,14 +22,10 @@ from hva_host.memory.userfaultfd import Fault, Fill, FillResult
 from hva_host.pager.fetch import Fetched, Fetcher
 from hva_host.pager.ram import PageBuffer, Ram
 from hva_host.pager.stalls import Stalls
+from hva_host.pager.streams import AROUND, AROUND_MAX, Streams
 from hvaqemu.errors import PeerLost
 from hvaqemu.pages import PAGE_SHIFT, Residence, Run
 
-#: The longest run filled at once, in pages. 64 gains nothing over 16 a wake-up, but reading ahead uses it.
-AROUND_MAX = 64
-#: A run on an access that continues no earlier one: a random reader pays for one page.
-_AROUND_FIRST = 1
-_STREAMS = 16
 _RETRY_SECONDS = 0.005
 
 
@@ -39,23 +34,6 @@ class Held(NamedTuple):
 
     layer: str
     reason: str
-
-
-class _Streams:
-    """Sequential accesses under way: where each continues, and how long its next run may be."""
-
-    def __init__(self) -> None:
-        self._next: OrderedDict[int, int] = OrderedDict()
-
-    def length(self, pfn: int) -> int:
-        """Pages to fill for an access to ``pfn``."""
-        return self._next.pop(pfn, _AROUND_FIRST)
-
-    def filled(self, run: Run, length: int) -> None:
-        """A run was filled for an access that might have had ``length`` pages."""
-        self._next[run.stop] = min(length * 2, AROUND_MAX)
-        if len(self._next) > _STREAMS:
-            self._next.popitem(last=False)
 
 
 class Refaults:
@@ -69,7 +47,7 @@ class Refaults:
         self._leave = leave
         self._fetcher = fetcher
         self._buffer = PageBuffer(AROUND_MAX)
-        self._streams = _Streams()
+        self._streams = Streams()
         self._waiting: dict[int, float] = {}
         self._retry: dict[int, float] = {}
         self._steps = np.arange(AROUND_MAX, dtype=np.uint64)
@@ -94,10 +72,25 @@ class Refaults:
                 self.stalls.add(time.monotonic() - ready_at)
             else:
                 self._waiting[pfn] = ready_at
-                self.fill(pfn, self._streams.length(pfn))
+                self._refault(pfn)
+
+    def read_ahead(self) -> bool:
+        """Fill one more run for a sequential reader, if there is one; is there more to fill?
+
+        :raise PeerLost: QEMU is gone.
+        """
+        ahead = self._streams.ahead()
+        if ahead is not None:
+            start = ahead.next
+            # Only what was discarded: a page never touched is left to whoever touches it.
+            discarded = start < self._ram.pages and self._ram.ledger.words[start] != NO_ENTRY
+            self._streams.filled(ahead, self.fill(start, min(AROUND, ahead.stop - start)) if discarded else 0)
+        return self._streams.reading_ahead
 
     def fill(self, pfn: int, length: int) -> int:
         """Make a page resident, and up to ``length`` - 1 pages behind it that come from the same place.
+
+        :param length: at most ``AROUND_MAX``.
 
         :return: pages filled now; 0 if the page is being fetched, is held, or must be tried again later.
         :raise PeerLost: QEMU is gone.
@@ -108,9 +101,9 @@ class Refaults:
         if kind in (Residence.RESIDENT, Residence.ZERO):
             run = self._zero_run(pfn, length)
             self._leave(run.start, run.stop)
-            return self._filled(run, length, ram.uffd.zero(ram.address(pfn), run.pages << PAGE_SHIFT))
+            return self._filled(run, ram.uffd.zero(ram.address(pfn), run.pages << PAGE_SHIFT))
         if kind == Residence.LAYER:
-            return self._fill_from_layer(entry, self._layer_run(pfn, entry, length), length)
+            return self._fill_from_layer(entry, self._layer_run(pfn, entry, length))
         self._hold(Run(pfn, 1), "ledger", f"damaged entry {entry:#018x}")
         return 0
 
@@ -132,7 +125,7 @@ class Refaults:
         else:
             whole = Run(run.start, count)
             self._buffer.view[: count << PAGE_SHIFT] = result.data[: count << PAGE_SHIFT]
-            self._serve_checked(result.entry, whole, count)
+            self._serve_checked(result.entry, whole)
 
     def resume(self) -> int:
         """Try the held faults again; answers how many are still held.
@@ -154,6 +147,14 @@ class Refaults:
             self.fill(pfn, 1)
         return min(self._retry.values(), default=None)
 
+    def _refault(self, pfn: int) -> None:
+        """Answer a fault on a missing page, and remember where its reader may go on."""
+        window = self._streams.window(pfn)
+        filled = self.fill(pfn, window.now)
+        if filled:
+            self._ram.ledger.count(Counter.REFAULTS)
+            self._streams.refaulted(pfn, filled, window.pages)
+
     def _zero_run(self, pfn: int, length: int) -> Run:
         """Pages from ``pfn`` on that come back as zeros. A RESIDENT one among them ends the fill, not the bytes."""
         if length == 1:
@@ -169,7 +170,7 @@ class Refaults:
         other = np.flatnonzero(entries != np.uint64(entry) + self._steps[: len(entries)])
         return Run(pfn, int(other[0]) if len(other) else len(entries))
 
-    def _fill_from_layer(self, entry: int, run: Run, length: int) -> int:
+    def _fill_from_layer(self, entry: int, run: Run) -> int:
         slot, block = entry_layer(entry), entry_block(entry)
         layer = self._ram.layers.get(slot)
         if layer is None:
@@ -187,12 +188,12 @@ class Refaults:
             return 0
         except LayerBetrayed as error:
             if run.pages > 1:
-                return self._fill_from_layer(entry, Run(run.start, 1), 1)
+                return self._fill_from_layer(entry, Run(run.start, 1))
             self._hold(run, str(layer.path), error.message)
             return 0
-        return self._serve_checked(entry, run, length)
+        return self._serve_checked(entry, run)
 
-    def _serve_checked(self, entry: int, run: Run, length: int) -> int:
+    def _serve_checked(self, entry: int, run: Run) -> int:
         """Fill from the buffer what is right in it."""
         layer = self._ram.layers[entry_layer(entry)]
         right = layer.check(entry_block(entry), run.pages, self._buffer.view)
@@ -202,11 +203,9 @@ class Refaults:
         run = Run(run.start, right)
         self._leave(run.start, run.stop)
         ram = self._ram
-        return self._filled(
-            run, length, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.pages << PAGE_SHIFT)
-        )
+        return self._filled(run, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.pages << PAGE_SHIFT))
 
-    def _filled(self, run: Run, length: int, result: FillResult) -> int:
+    def _filled(self, run: Run, result: FillResult) -> int:
         ram = self._ram
         count = result.filled >> PAGE_SHIFT
         if count:
@@ -214,9 +213,7 @@ class Refaults:
                 ram.ledger.words[run.start] = NO_ENTRY
             else:
                 ram.ledger.entries[run.start : run.start + count] = NO_ENTRY
-            ram.ledger.count(Counter.REFAULTS)
             ram.ledger.count(Counter.REFAULT_PAGES, count)
-            self._streams.filled(Run(run.start, count), length)
         elif result.outcome is Fill.PRESENT:
             ram.ledger.words[run.start] = NO_ENTRY
             ram.wake(Run(run.start, 1))

@@ -8,7 +8,8 @@ import numpy as np
 
 from hva_host.pager.epoch import Step
 from hva_host.pager.ram import Ram
-from hva_host.pager.refaults import AROUND_MAX, Refaults
+from hva_host.pager.refaults import Refaults
+from hva_host.pager.streams import AROUND_MAX
 
 _SLICE_RUNS = 16
 #: Sweeps without progress before pages that only wait (for the disk, for memory) are left to their faults.

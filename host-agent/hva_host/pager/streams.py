@@ -1,0 +1,90 @@
+"""Sequential readers: where each goes on, and how far ahead of it pages are filled. Arithmetic only.
+
+A reader's window doubles each time it faults where it was expected, as the kernel's own read-ahead does, so that what
+is filled for nothing is at most as much as it has read.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+#: The longest window in pages (1 MiB): more than a reader gets through while the pager fills the next run.
+WINDOW_MAX = 256
+#: Pages filled before who waits is woken: for a reader we are ahead of, and for one that caught up with us and so
+#: spends more time being woken than reading.
+AROUND = 16
+AROUND_MAX = 64
+_FIRST = 1
+_STREAMS = 16
+_AHEAD = 4
+
+
+class Window(NamedTuple):
+    """How far to fill for a fault, in pages: ``now``, before its reader is woken, and in all."""
+
+    now: int
+    pages: int
+
+
+@dataclass
+class Ahead:
+    """Pages ``[next, stop)`` to be filled ahead of a reader whose window is ``window`` pages."""
+
+    next: int
+    stop: int
+    window: int
+
+
+class Streams:
+    """The readers of one VM that were seen last."""
+
+    def __init__(self) -> None:
+        self._expected: OrderedDict[int, int] = OrderedDict()
+        self._ahead: list[Ahead] = []
+
+    @property
+    def reading_ahead(self) -> bool:
+        """Is there anything to fill ahead?"""
+        return bool(self._ahead)
+
+    def window(self, pfn: int) -> Window:
+        """How far to fill for a fault on ``pfn``: one page where nobody was expected."""
+        for ahead in self._ahead:
+            if ahead.next <= pfn < ahead.stop:
+                # The reader is faster than we are: go on from where it is.
+                self._ahead.remove(ahead)
+                return Window(min(ahead.window, AROUND_MAX), ahead.window)
+        pages = self._expected.pop(pfn, _FIRST)
+        return Window(min(pages, AROUND), pages)
+
+    def refaulted(self, pfn: int, filled: int, window: int) -> None:
+        """A fault on ``pfn`` with this window was answered with ``filled`` pages."""
+        if window > filled:
+            if len(self._ahead) == _AHEAD:
+                self._end(self._ahead.pop(0))
+            self._ahead.append(Ahead(pfn + filled, pfn + window, window))
+        else:
+            self._expect(pfn + filled, window)
+
+    def ahead(self) -> Ahead | None:
+        """What to fill next; to be answered by :meth:`filled`."""
+        return self._ahead[0] if self._ahead else None
+
+    def filled(self, ahead: Ahead, pages: int) -> None:
+        """``pages`` were filled at ``ahead.next``; none ends this read-ahead. Several take turns."""
+        self._ahead.remove(ahead)
+        ahead.next += pages
+        if pages and ahead.next < ahead.stop:
+            self._ahead.append(ahead)
+        else:
+            self._end(ahead)
+
+    def _end(self, ahead: Ahead) -> None:
+        self._expect(ahead.next, ahead.window)
+
+    def _expect(self, pfn: int, window: int) -> None:
+        self._expected[pfn] = min(window * 2, WINDOW_MAX)
+        if len(self._expected) > _STREAMS:
+            self._expected.popitem(last=False)

@@ -441,7 +441,7 @@ class Vm:
             await self.pager.start(self.process.pid, self.record.layers)
 
     async def _watch_qmp(self) -> None:
-        while self.process.alive and self.qmp is not None:
+        while self.process.alive and not self._ending and self.qmp is not None:
             await self.qmp.lost()
             while self.process.alive and not self._ending and not self.qmp.connected:
                 await asyncio.sleep(_QMP_RETRY_SECONDS)

@@ -18,6 +18,18 @@ import pytest
 
 #: Seconds for what has been told to end.
 _GRACE = 10.0
+_VARIABLES = ("HVAQEMU_RUNTIME_DIR", "HVAQEMU_STATE_DIR")
+#: All places of VMs that a test has had; a folder below /tmp may choose others than ours.
+_places: set[str] = set()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    # Before the test's own fixtures are undone, whatever they set.
+    try:
+        return (yield)
+    finally:
+        _places.update(os.environ[name] for name in _VARIABLES if name in os.environ)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,17 +37,17 @@ def places() -> Iterator[Path]:
     """A short folder that holds the runtime directory ``r`` and the state directory ``s`` of all tests."""
     base = Path(tempfile.mkdtemp(prefix="hvt-", dir="/tmp"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HVAQEMU_RUNTIME_DIR", str(base / "r"))
-        patch.setenv("HVAQEMU_STATE_DIR", str(base / "s"))
+        for name, folder in zip(_VARIABLES, "rs", strict=True):
+            patch.setenv(name, str(base / folder))
         yield base
-        left = _end_survivors(base)
+        left = _end_survivors()
     shutil.rmtree(base, ignore_errors=True)
     assert not left, f"processes of the tests were still there, and were killed: {'; '.join(left)}"
 
 
-def _end_survivors(base: Path) -> list[str]:
+def _end_survivors() -> list[str]:
     deadline = time.monotonic() + _GRACE
-    while (found := _processes_of(base)) and time.monotonic() < deadline:
+    while (found := _survivors()) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in found:
         with suppress(ProcessLookupError):
@@ -43,10 +55,10 @@ def _end_survivors(base: Path) -> list[str]:
     return [f"{pid} {command}" for pid, command in found.items()]
 
 
-def _processes_of(base: Path) -> dict[int, str]:
-    """Live processes, other than this one, whose environment, command line or open files name ``base``."""
+def _survivors() -> dict[int, str]:
+    """Live processes, other than this one, whose environment, command line or open files name a place of the tests."""
     found: dict[int, str] = {}
-    mark = os.fsencode(base)
+    marks = [os.fsencode(place) for place in _places]
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
@@ -55,7 +67,8 @@ def _processes_of(base: Path) -> dict[int, str]:
             command = (folder / "cmdline").read_bytes()
             if not command:
                 continue
-            named = mark in command or mark in (folder / "environ").read_bytes()
-            if named or any(mark in os.fsencode(link.readlink()) for link in (folder / "fd").iterdir()):
+            said = [command, (folder / "environ").read_bytes()]
+            said += [os.fsencode(link.readlink()) for link in (folder / "fd").iterdir()]
+            if any(mark in text for mark in marks for text in said):
                 found[int(folder.name)] = command.replace(b"\0", b" ").decode(errors="backslashreplace")[:120]
     return found

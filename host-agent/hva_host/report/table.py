@@ -61,6 +61,7 @@ def render(report: ScenarioReport, width: int) -> RenderableType:
     """Table, costs and verdict for a terminal ``width`` columns wide."""
     parts: list[RenderableType] = []
     if report.measures:
+        parts.append(Text(""))
         first = next(iter(report.measures.values()))
         backing: list[tuple[str, Cell]] = [
             ("backing", lambda m: _mib(m.backing_bytes)),
@@ -70,6 +71,7 @@ def render(report: ScenarioReport, width: int) -> RenderableType:
             parts.append(_table("MiB", report, backing + _GUEST + _COST))
         else:
             parts.append(_table("guest RAM on the host, MiB", report, backing + _GUEST))
+            parts.append(Text(""))
             parts.append(_table("what it costs the host, MiB", report, _COST))
     parts.extend(_lines(report))
     return Group(*parts)

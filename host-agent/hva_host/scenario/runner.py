@@ -69,8 +69,8 @@ async def run_scenario(
             await _to_the_end(run.shut_down())
     report = run.report(source, interruption.name, time.monotonic() - begin, await _versions(scenario))
     if folder is not None:
-        progress.say(f"writing {folder}")
-        write_report(report, folder)
+        written = write_report(report, folder)
+        progress.say(f"wrote {', '.join(map(str, written))}")
     return report
 
 

@@ -1,7 +1,7 @@
 """Makes a tree of unpacked Debian packages into a system that runs.
 
 No script of a package is run. What the scripts of the base image's own packages would do is written down here, one
-function a subject; ``CONFIGURED`` names the packages of which all that matters is done.
+function a subject; :func:`configured` tells of which packages all that matters is done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hva_images.tree import Tree
 from hvaqemu.errors import HostError
 
 #: Packages whose maintainer scripts do nothing on a first installation but what the functions below do.
-CONFIGURED = frozenset(
+_CONFIGURED = frozenset(
     [
         "base-files",
         "base-passwd",
@@ -42,9 +42,7 @@ CONFIGURED = frozenset(
         "libpam-modules",
         "libpam-runtime",
         "libpam0g",
-        "libpython3.11-minimal",
         "linux-base",
-        "linux-image-s390x",
         "login",
         "mawk",
         "passwd",
@@ -53,8 +51,6 @@ CONFIGURED = frozenset(
         "psmisc",
         "python3",
         "python3-minimal",
-        "python3.11",
-        "python3.11-minimal",
         "readline-common",
         "tar",
         "tiny-initramfs",
@@ -63,6 +59,8 @@ CONFIGURED = frozenset(
         "xz-utils",
     ]
 )
+#: The same, for packages that have a version in their names.
+_CONFIGURED_VERSIONS = re.compile(r"linux-image-.*|(lib)?python3\.\d+(-minimal)?")
 
 #: What update-alternatives is told: link, name, target, priority, and (link, name, target) of those that go with it.
 #: Manual pages are not in the image, and update-alternatives leaves out links to what is not there.
@@ -84,23 +82,32 @@ _ALTERNATIVES: list[tuple[str, str, str, int, list[tuple[str, str, str]]]] = [
     ]),
 ]  # fmt: skip
 
-#: PAM's common files: the kind, the line that its "Unix authentication" profile puts first, what follows.
+#: PAM's common files as pam-auth-update makes them of the profile "Unix authentication": the first lines of their
+#: primary and additional blocks, where "end" is what pam-auth-update counts.
 _PAM: dict[str, tuple[str, str]] = {
-    "auth": ("[success=1 default=ignore]\tpam_unix.so nullok", "requisite\tpam_deny.so"),
-    "account": ("[success=1 new_authtok_reqd=done default=ignore]\tpam_unix.so", "requisite\tpam_deny.so"),
-    "password": ("[success=1 default=ignore]\tpam_unix.so obscure yescrypt", "requisite\tpam_deny.so"),
-    "session": ("[default=1]\tpam_permit.so", "requisite\tpam_deny.so"),
-    "session-noninteractive": ("[default=1]\tpam_permit.so", "requisite\tpam_deny.so"),
+    "auth": ("[success=end default=ignore]\tpam_unix.so nullok", ""),
+    "account": ("[success=end new_authtok_reqd=done default=ignore]\tpam_unix.so", ""),
+    "password": ("[success=end default=ignore]\tpam_unix.so obscure yescrypt", ""),
+    "session": ("[default=1]\t\t\tpam_permit.so", "required\tpam_unix.so"),
+    "session-noninteractive": ("[default=1]\t\t\tpam_permit.so", "required\tpam_unix.so"),
 }
-
 
 _EXCLUDED = ("/usr/share/man/", "/usr/share/locale/")
 _INCLUDED = "/usr/share/locale/locale.alias"
 
 
+def configured(package: str) -> bool:
+    """Whether all that the maintainer scripts of ``package`` do is done by :func:`finish`."""
+    return package in _CONFIGURED or _CONFIGURED_VERSIONS.fullmatch(package) is not None
+
+
 def excluded(path: str) -> bool:
     """Whether a package's file is left out of images, as ``data/dpkg-excludes`` tells the guest's dpkg."""
     return path.startswith(_EXCLUDED) and path != _INCLUDED
+
+
+#: The guest agent's archive.
+AGENT = "/usr/lib/hva/agent.pyz"
 
 
 def data(name: str) -> bytes:
@@ -139,6 +146,7 @@ def finish(tree: Tree, name: str, agent: bytes) -> None:
     _accounts(tree)
     _files(tree)
     _pam(tree)
+    _diversions(tree)
     _alternatives(tree)
     _python(tree)
     directory = tree.root / "usr/lib/modules" / kernel_release(tree)
@@ -189,11 +197,23 @@ def _files(tree: Tree) -> None:
 
 
 def _pam(tree: Tree) -> None:
-    for kind, (primary, rest) in _PAM.items():
+    for kind, (primary, additional) in _PAM.items():
         head = kind.split("-")[0]
-        lines = [f"{head}\t{primary}", f"{head}\t{rest}", f"{head}\trequired\tpam_permit.so"]
-        lines += [f"{head}\trequired\tpam_unix.so"] if head == "session" else []
-        tree.default(f"/etc/pam.d/common-{kind}", "\n".join(lines) + "\n")
+        variable = "session_nonint" if kind == "session-noninteractive" else kind
+        text = tree.read(f"/usr/share/pam/common-{kind}").decode()
+        for block, line in (("primary", primary), ("additional", additional)):
+            shown = f"{head}\t{line.replace('success=end', 'success=1')} \n" if line else ""
+            text = text.replace(f"${variable}_{block}\n", shown)
+        tree.default(f"/etc/pam.d/common-{kind}", text)
+        saved = [("unix" if "pam_unix" in line else "null", line) for line in (primary, additional) if line]
+        tree.default(f"/var/lib/pam/{kind}", "".join(f"Module: {module}\n{line}\n" for module, line in saved))
+    tree.default("/var/lib/pam/seen", "unix\n")
+
+
+def _diversions(tree: Tree) -> None:
+    # dash takes /bin/sh for itself, so that no other package ever replaces it.
+    tree.link("/bin/sh.distrib", "dash")
+    tree.write("/var/lib/dpkg/diversions", "/bin/sh\n/bin/sh.distrib\ndash\n")
 
 
 def _alternatives(tree: Tree) -> None:
@@ -228,9 +248,9 @@ def compile_python(tree: Tree) -> None:
 
 def _own(tree: Tree, name: str, agent: bytes) -> None:
     """The project's own files."""
-    for program in ("boot", "run-agent", "shutdown"):
+    for program in ("boot", "firstboot", "run-agent", "shutdown"):
         tree.write(f"/usr/lib/hva/{program}", data(program), 0o755)
-    tree.write("/usr/lib/hva/agent.pyz", agent)
+    tree.write(AGENT, agent)
     tree.write("/etc/inittab", data("inittab"))
     # busybox takes its part from the name it is called by. The link is not /sbin/init: that is a package's to own.
     tree.link("/usr/lib/hva/init", "/usr/bin/busybox")

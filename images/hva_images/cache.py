@@ -25,6 +25,8 @@ class GuestImage:
     name: str
     #: Of everything the image was made from; another digest is another image.
     digest: str
+    #: Of everything but the guest agent.
+    system: str
     kernel: Path
     initrd: Path
     root: Path
@@ -69,6 +71,7 @@ def load(directory: Path) -> GuestImage | None:
         image = GuestImage(
             name=manifest["name"],
             digest=manifest["digest"],
+            system=manifest["system"],
             kernel=directory / KERNEL,
             initrd=directory / INITRD,
             root=directory / ROOT,
@@ -124,6 +127,11 @@ def staging(directory: Path) -> Iterator[Path]:
         temporary.rename(directory)
     finally:
         _remove(temporary)
+
+
+def same_system(name: str, system: str) -> GuestImage | None:
+    """An image that differs from what is wanted by its guest agent only."""
+    return next((image for image in list_images() if (image.name, image.system) == (name, system)), None)
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ def run(
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
     on_line: Callable[[str], None] | None = None,
+    console: bool = False,
 ) -> bytes:
     """Run ``argv`` to its end and return what it wrote to stdout.
 
@@ -55,6 +56,7 @@ def run(
     :param deadline: seconds it may take.
     :param env: variables set on top of this process's own.
     :param on_line: is told each line of its stderr as it comes.
+    :param console: take its stdout for a console: it is followed together with stderr, and nothing is returned.
     :raise HostError: it is not installed, or failed; the message carries the line of its stderr that says why.
     :raise DeadlineExceeded: it took longer than ``deadline``.
     """
@@ -64,17 +66,15 @@ def run(
         command,
         stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if console else subprocess.PIPE,
         env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        assert process.stderr is not None
         out: list[bytes] = []
-        workers = [
-            threading.Thread(target=_collect, args=(process.stdout, out)),
-            threading.Thread(target=_follow, args=(process.stderr, tail, on_line)),
-        ]
+        workers = [threading.Thread(target=_follow, args=(process.stderr or process.stdout, tail, on_line))]
+        if process.stderr is not None:
+            workers.append(threading.Thread(target=_collect, args=(process.stdout, out)))
         if process.stdin is not None:
             workers.append(threading.Thread(target=_feed, args=(process.stdin, stdin or b"")))
         for worker in workers:

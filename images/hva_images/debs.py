@@ -16,8 +16,6 @@ _AR_MAGIC = b"!<arch>\n"
 #: tarfile modes of the compressions that Debian's archive uses.
 _MODES = {"": "r|", ".gz": "r|gz", ".bz2": "r|bz2", ".xz": "r|xz"}
 
-SCRIPTS = ("preinst", "postinst", "prerm", "postrm", "config")
-
 
 @dataclass(frozen=True)
 class Member:
@@ -28,6 +26,7 @@ class Member:
     uid: int
     gid: int
     mtime: int
+    size: int
     is_dir: bool
     is_link: bool
 
@@ -56,8 +55,13 @@ class Deb:
         same = self.control.get("Multi-Arch") == "same"
         return f"{self.name}:{self.control['Architecture']}" if same else self.name
 
+    @property
+    def installed_bytes(self) -> int:
+        """Bytes that its files and dpkg's own take, in blocks of 4 KiB."""
+        return sum(-(-member.size // 4096) * 4096 for member in self.members) + 16 * 4096
+
     def script(self, name: str) -> str:
-        """The maintainer script ``name``, or "" where the package has none."""
+        """The maintainer script or other control member ``name`` as text, "" where the package has none."""
         return self.info.get(name, b"").decode(errors="replace")
 
     def relations(self, field_name: str) -> list[str]:
@@ -107,7 +111,7 @@ def parse_control(text: str) -> dict[str, str]:
 
 def _member(entry: tarfile.TarInfo) -> Member:
     path = "/" + entry.name.removeprefix("./").removeprefix(".").strip("/")
-    return Member(path, entry.mode, entry.uid, entry.gid, int(entry.mtime), entry.isdir(), entry.issym())
+    return Member(path, entry.mode, entry.uid, entry.gid, int(entry.mtime), entry.size, entry.isdir(), entry.issym())
 
 
 class _Section(io.RawIOBase):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hva_images.commands import run
 from hva_images.tree import Tree
-from hvaqemu.errors import ConfigError, DeadlineExceeded, HostError
-from hvaqemu.units import MiB, format_size
+from hvaqemu.errors import DeadlineExceeded, HostError
+from hvaqemu.units import MiB
 
 _NAMESPACE = uuid.UUID("8d6fb1b5-2c2c-4e4b-9f0f-5a0f6d4e2a11")
 #: Chosen here, so that neither the host's mke2fs.conf nor a newer mke2fs makes what the guest's kernel can not mount.
@@ -20,38 +20,30 @@ _JOURNAL_MIB = 16
 _DEADLINE = 600.0
 
 
-def smallest_size(tree: Tree) -> int:
-    """Bytes of the smallest image that holds ``tree`` and leaves a little room, in whole MiB."""
-    needed = tree.bytes_needed() * 1.05 + (_JOURNAL_MIB + 24) * MiB
+def smallest_size(tree: Tree, more: int = 0) -> int:
+    """Bytes of the smallest image that holds ``tree`` and ``more`` bytes, and leaves a little room, in whole MiB."""
+    needed = (tree.bytes_needed() + more) * 1.05 + (_JOURNAL_MIB + 24) * MiB
     return -(-int(needed) // MiB) * MiB
 
 
 def make_ext4(tree: Tree, path: Path, *, size: int, label: str, epoch: int) -> None:
-    """Write ``tree`` to a new file ``path`` of ``size`` bytes.
+    """Write ``tree`` to a new file ``path`` of ``size`` bytes, at least :func:`smallest_size`.
 
     :param epoch: the time of creation, seconds since 1970.
-    :raise ConfigError: ``size`` is too small.
     :raise HostError: no room on the host's disk, or mke2fs failed.
     """
-    if size < (smallest := smallest_size(tree)):
-        files = format_size(tree.bytes_needed())
-        raise ConfigError(
-            f"size: {format_size(size)} is too small, the files alone take {files}",
-            f"write at least {smallest // MiB}M",
-        )
     identity = str(uuid.uuid5(_NAMESPACE, label))
     with path.open("xb") as file:
         file.truncate(size)
     inodes = max(65536, 2 * sum(1 for _ in tree.walk()))
-    times = {"SOURCE_DATE_EPOCH": str(epoch), "E2FSPROGS_FAKE_TIME": str(epoch)}
     argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-N", str(inodes), "-m", "0"]
     argv += ["-O", _FEATURES, "-J", f"size={_JOURNAL_MIB}", "-L", label[:16], "-U", identity]
     argv += ["-E", f"hash_seed={identity},root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0,nodiscard"]
     argv += ["-d", str(tree.root), str(path)]
     what = "making the file system"
-    run(argv, what=what, deadline=_DEADLINE, env=times)
+    run(argv, what=what, deadline=_DEADLINE, env=_times(epoch))
     if commands := _corrections(tree):
-        run(["debugfs", "-w", "-f", "-", str(path)], what=what, deadline=_DEADLINE, env=times, stdin=commands)
+        _debugfs(path, commands, what, epoch)
     check_ext4(path)
 
 
@@ -68,10 +60,48 @@ def check_ext4(path: Path) -> None:
         raise HostError(f"the file system that was made is not sound: {error.message}") from error
 
 
+def read_file(image: Path, path: str) -> bytes:
+    """The content of file ``path`` in the file system ``image``; empty where there is none."""
+    return run(["debugfs", "-R", f"cat {_quoted(path)}", str(image)], what=f"reading {path}", deadline=_DEADLINE)
+
+
+def replace_file(image: Path, path: str, content: Path, epoch: int) -> None:
+    """Put the host's file ``content`` in place of file ``path`` (root's, 0644) in the file system ``image``.
+
+    :raise HostError: no room, or debugfs failed.
+    """
+    where = _quoted(path)
+    commands = [f"rm {where}", f"write {_quoted(str(content))} {where}", f"sif {where} mode 0100644"]
+    commands += [f"sif {where} {field} 0" for field in ("uid", "gid")]
+    commands += [f"sif {where} {field} @{epoch}" for field in ("atime", "ctime", "mtime", "crtime")]
+    _debugfs(image, "".join(f"{command}\n" for command in commands).encode(), f"replacing {path}", epoch)
+    check_ext4(image)
+    if read_file(image, path) != content.read_bytes():
+        raise HostError(f"replacing {path}: debugfs did not write it", "is there room in the image?")
+
+
+def _debugfs(image: Path, commands: bytes, what: str, epoch: int) -> None:
+    """Run ``commands``; debugfs ends with success whatever happens, but says what went wrong."""
+    said: list[str] = []
+    argv = ["debugfs", "-w", "-f", "-", str(image)]
+    run(argv, what=what, deadline=_DEADLINE, env=_times(epoch), stdin=commands, on_line=said.append)
+    wrong = [line for line in said if line.strip() and not line.startswith("debugfs 1.")]
+    if wrong:
+        raise HostError(f"{what}: debugfs: {wrong[0][:200]}")
+
+
+def _times(epoch: int) -> dict[str, str]:
+    """What makes e2fsprogs believe that it is ``epoch`` (seconds since 1970); old versions know only the second."""
+    return {"SOURCE_DATE_EPOCH": str(epoch), "E2FSPROGS_FAKE_TIME": str(max(epoch, 1))}
+
+
+def _quoted(path: str) -> str:
+    return '"' + path.replace('"', '""') + '"'
+
+
 def _corrections(tree: Tree) -> bytes:
     """debugfs commands that give files to their owners."""
     lines: list[str] = []
     for path, wanted in tree.wrong_owners().items():
-        quoted = '"' + path.replace('"', '""') + '"'
-        lines += [f"sif {quoted} uid {wanted.uid}", f"sif {quoted} gid {wanted.gid}"]
+        lines += [f"sif {_quoted(path)} uid {wanted.uid}", f"sif {_quoted(path)} gid {wanted.gid}"]
     return "".join(f"{line}\n" for line in lines).encode()

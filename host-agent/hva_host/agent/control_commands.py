@@ -62,7 +62,7 @@ class ControlledFleet(Protocol[Machine]):
 
 def _unbase64(value: object) -> object:
     if not isinstance(value, str):
-        raise ValueError("must be base64 text")  # noqa: TRY004 - pydantic takes only this
+        raise ValueError("must be base64 text")
     try:
         return base64.b64decode(value, validate=True)
     except binascii.Error as error:

@@ -22,7 +22,7 @@ from hva_host.memory.userfaultfd import Fault, Fill, FillResult
 from hva_host.pager.fetch import Fetched, Fetcher
 from hva_host.pager.ram import PageBuffer, Ram
 from hva_host.pager.stalls import Stalls
-from hva_host.pager.streams import AROUND, AROUND_MAX, Streams
+from hva_host.pager.streams import AROUND_MAX, Streams
 from hvaqemu.errors import PeerLost
 from hvaqemu.pages import PAGE_SHIFT, Residence, Run
 
@@ -84,7 +84,7 @@ class Refaults:
             start = ahead.next
             # Only what was discarded: a page never touched is left to whoever touches it.
             discarded = start < self._ram.pages and self._ram.ledger.words[start] != NO_ENTRY
-            self._streams.filled(ahead, self.fill(start, min(AROUND, ahead.stop - start)) if discarded else 0)
+            self._streams.filled(ahead, self.fill(start, min(AROUND_MAX, ahead.stop - start)) if discarded else 0)
         return self._streams.reading_ahead
 
     def fill(self, pfn: int, length: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("epoch", "refault", "guest")
+NAMES = ("epoch", "refault", "pager_memory", "guest")
 
 
 def main() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,13 +29,6 @@ _EPOCH_SECONDS = 3.0
 #: More for every million pages: two scans of the guest and the comparison of all its page cache.
 _EPOCH_SECONDS_PER_MILLION = 15.0
 _GRACE_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What the pager said of an epoch that ended."""
-
-    data: dict[str, Any]
 
 
 class EpochDriver:
@@ -64,7 +56,6 @@ class EpochDriver:
         :raise DeadlineExceeded: the pager did not end the epoch in time.
         :raise RefusedError: the pager refuses: a device pins RAM, or it is busy.
         """
-        loop = asyncio.get_running_loop()
         began = time.monotonic()
         await self._scan(guest)
         scanned = time.monotonic()
@@ -74,16 +65,29 @@ class EpochDriver:
         classes = self.report.classes if self.report is not None else None
         wanted = members(classes, self._pages, states, sift=sift)
         seconds = _EPOCH_SECONDS + _EPOCH_SECONDS_PER_MILLION * self._pages / 1e6
+        done = await self.transact(pager, wanted, seconds, guest)
+        return _stats(done, scan=scanned - began, total=time.monotonic() - began)
+
+    async def transact(
+        self, pager: PagerLink, wanted: NDArray[np.uint8], seconds: float, guest: GuestLink | None = None
+    ) -> dict[str, Any]:
+        """Have the pager do an epoch, carrying the guest's confirmations; what the pager said of it.
+
+        :param wanted: uint8 ``Member`` values, shape ``(pages,)``.
+        :param seconds: when protection ends at the latest.
+        :param guest: who confirms UNUSED pages; None: nobody does.
+        :raise HvaError: as :meth:`run`.
+        """
+        loop = asyncio.get_running_loop()
         self._protected, self._done = loop.create_future(), loop.create_future()
         try:
             await pager.call("begin-epoch", {"seconds": seconds}, wanted.tobytes())
             protected = await race(_result(self._protected), seconds + _GRACE_SECONDS, "pager: protection", pager.lost)
-            if protected["wants"]:
+            if protected["wants"] and guest is not None:
                 await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), seconds)
-            done = await race(_result(self._done), seconds + _GRACE_SECONDS, "pager: end of epoch", pager.lost)
+            return await race(_result(self._done), seconds + _GRACE_SECONDS, "pager: end of epoch", pager.lost)
         finally:
             self._protected = self._done = None
-        return _stats(done, scan=scanned - began, total=time.monotonic() - began)
 
     async def _scan(self, guest: GuestLink) -> None:
         try:

@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 from hvaqemu.errors import RefusedError
 from hvaqemu.pages import PAGE_SIZE, Residence
 
+#: The memfd's name, given by the shim.
+LEDGER_NAME = "hva-ledger"
 VERSION = 1
 LAYERS = 63
 _MAGIC = int.from_bytes(b"HVALEDGR", "little")

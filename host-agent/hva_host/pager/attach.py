@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hva_host.memory.backing import Backing
 from hva_host.memory.layers import Layer, LayerBetrayed
-from hva_host.memory.ledger import Ledger
+from hva_host.memory.ledger import LEDGER_NAME, Ledger
 from hva_host.memory.syscalls import pidfd_getfd
 from hva_host.memory.userfaultfd import Userfaultfd
 from hva_host.pager.ram import Ram
@@ -21,7 +21,7 @@ from hvaqemu.errors import HostError, PeerLost, RefusedError
 from hvaqemu.pages import PAGE_SHIFT, Run
 
 _UFFD = "anon_inode:[userfaultfd]"
-_LEDGER = "/memfd:hva-ledger (deleted)"
+_LEDGER = f"/memfd:{LEDGER_NAME} (deleted)"
 _STORE = "/memfd:hva-store (deleted)"
 _RAM = "/memfd:memory-backend-memfd (deleted)"
 _SHIM_HINT = "start QEMU through hvaqemu, or with its shim in LD_PRELOAD"

@@ -102,7 +102,7 @@ class Splitter:
 
 def encode(message: Mapping[str, Any]) -> bytes:
     """A message as QEMU writes them: ASCII, one line."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\r\n"
+    return json.dumps(message, separators=(",", ":"), default=str).encode() + b"\r\n"
 
 
 def decode(raw: bytes) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -80,7 +81,8 @@ async def _serve(runtime: Path, ready: Callable[[Path], None]) -> None:
     server = ControlServer(path)
 
     def on_event(event: str, data: dict[str, Any]) -> None:
-        log.info("%s %s", event, data)
+        if event != "EPOCH":
+            log.info("%s %s", event, json.dumps(data, default=str))
         server.emit(event, data)
 
     fleet = Fleet(runtime, on_event=on_event)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
@@ -97,4 +96,8 @@ def _stop(runtime: Path) -> int:
 
 
 def _log() -> None:
+    import logging
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Of what the library says of itself only complaints are of use here.
+    logging.getLogger("qemu.qmp").setLevel(logging.WARNING)

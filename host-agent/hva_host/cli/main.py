@@ -18,6 +18,7 @@ from hvaqemu.errors import HvaError
 EXPECTED, BUG = 1, 2
 
 _COMMANDS = (
+    "doctor",
     "image",
     "run",
     "up",

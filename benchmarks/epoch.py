@@ -26,7 +26,7 @@ def main() -> None:
         guest.ram.add_layer(make_layer(Path(folder), [content]))
         best, phases = float("inf"), {}
         for _ in range(5):
-            guest.ram.ledger.entries[:] = 0
+            guest.ram.ledger.erase(0, guest.ram.pages)
             for start in range(0, len(content), 1 << 24):
                 guest.fill(start // PAGE_SIZE, content[start : start + (1 << 24)])
             epoch = guest.begin(dict.fromkeys(range(PAGES), Member.COPY), seconds=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ def test_numbers_out_of_range_are_refused() -> None:
 def test_what_one_pager_wrote_the_next_one_reads(fd: int) -> None:
     record = LayerRecord(1, 2, 3, 4, 5, 6, "/a/golden image,1.raw", "/b/é.idx")
     first = Ledger(os.dup(fd), 100)
-    first.entries[7] = ZERO_ENTRY
+    first.store(np.array([7]), np.array([ZERO_ENTRY], dtype=np.uint64))
     first.record_layer(3, record)
     first.count(module.Counter.REFAULTS, 5)
     second = Ledger(os.dup(fd), 100)
@@ -55,6 +56,25 @@ def test_what_one_pager_wrote_the_next_one_reads(fd: int) -> None:
     assert second.layers() == {3: record}
     assert second.counters[module.Counter.REFAULTS] == 5
     assert second.totals()[Residence.ZERO] == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 31), st.integers(1, 8), st.sampled_from(["zero", "layer", "erase"])), max_size=30)
+)
+def test_totals_are_what_the_entries_say(changes: list[tuple[int, int, str]]) -> None:
+    ledger = Ledger(os.memfd_create("ledger"), 40)
+    try:
+        for start, count, what in changes:
+            erased = ledger.erase(start, count)
+            assert 0 <= erased <= count
+            if what != "erase":
+                entry = ZERO_ENTRY if what == "zero" else layer_entry(1, start)
+                ledger.store(np.arange(start, start + count), np.full(count, entry, dtype=np.uint64))
+        kept = ledger.totals()
+        ledger.count_totals()
+        assert ledger.totals() == kept
+    finally:
+        os.close(ledger.fd)
 
 
 def test_a_slot_is_written_once(fd: int) -> None:

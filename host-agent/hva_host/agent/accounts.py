@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from pathlib import Path
 
+_SYS_CACHESTAT = 451
+_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -43,3 +46,21 @@ def available() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file the host's page cache holds, in bytes; 0 where the kernel can not tell (cachestat(2), 6.5).
+
+    Takes milliseconds for a file of a GiB.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        everything, answer = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
+        if ctypes.CDLL(None).syscall(_SYS_CACHESTAT, fd, everything, answer, 0) != 0:
+            return 0
+        return int(answer[0]) * _PAGE_BYTES
+    finally:
+        os.close(fd)

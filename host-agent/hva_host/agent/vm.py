@@ -154,6 +154,7 @@ class Vm:
 
         :raise PeerLost: the pager does not answer and the VM is gone.
         """
+        cached = await asyncio.to_thread(self._layer_cached_bytes)
         pager = await self._pager_status()
         free = -1
         with contextlib.suppress(HvaError):
@@ -171,7 +172,7 @@ class Vm:
             pager_rss_bytes=accounts.all_memory(self.pager.pid),
             agent_rss_bytes=accounts.all_memory(os.getpid()),
             store_bytes=pager["store_bytes"],
-            layer_cached_bytes=pager["layer_cached_bytes"],
+            layer_cached_bytes=cached,
             guest_free_bytes=free,
         )
 
@@ -360,6 +361,9 @@ class Vm:
 
     async def _pager_status(self) -> dict[str, Any]:
         return await call(self.pager, "status")
+
+    def _layer_cached_bytes(self) -> int:
+        return sum(accounts.cached_bytes(image) for image, _ in self.record.layers)
 
     async def _cancel_reclaiming(self) -> None:
         task, self._reclaiming = self._reclaiming, None

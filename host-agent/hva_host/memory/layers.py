@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from pathlib import Path
@@ -118,17 +117,3 @@ class Layer:
             return int(found == self.index.fingerprints[block])
         wrong = np.flatnonzero(fingerprints(data, count, self.index.seed) != self.index.fingerprints[block:][:count])
         return int(wrong[0]) if len(wrong) else count
-
-    def cached_bytes(self) -> int:
-        """How much of the layer the host's page cache holds, in bytes; 0 where the kernel can not tell (< 6.5)."""
-        return cached_bytes(self.fd)
-
-
-def cached_bytes(fd: int) -> int:
-    """Bytes of a file in the host's page cache, by cachestat(2); 0 where the kernel does not have it."""
-    arguments = (ctypes.c_uint64 * 2)(0, 0)
-    answer = (ctypes.c_uint64 * 5)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(451, fd, arguments, answer, 0) != 0:
-        return 0
-    return int(answer[0]) * PAGE_SIZE

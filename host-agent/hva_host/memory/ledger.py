@@ -41,6 +41,7 @@ _COUNTERS_OFFSET = 512
 _ENTRIES_OFFSET = (1 + LAYERS) * PAGE_SIZE
 
 _KIND_SHIFT = 60
+_KINDS = 16
 _LAYER_SHIFT = 48
 _LAYER_MASK = 0xFF
 _BLOCK_MASK = (1 << 40) - 1
@@ -60,6 +61,8 @@ class Counter(enum.IntEnum):
     EPOCHS = 2
     DISCARDED_PAGES = 3
     WRITE_FAULTS = 4
+    #: Faults on pages that were absent without having been discarded.
+    FIRST_TOUCHES = 5
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def entry_block(entry: int) -> int:
 class Ledger:
     """A mapped ledger, locked to this process.
 
-    :ivar entries: uint64, shape ``(pages,)``; assigning elements or sets of them stores aligned words.
+    :ivar entries: uint64, shape ``(pages,)``; to be changed through :meth:`store` and :meth:`erase`.
     :ivar words: the same memory for single entries, several times faster than through numpy.
     :ivar counters: by :class:`Counter`.
     """
@@ -146,17 +149,41 @@ class Ledger:
         self.pages = pages
         self.entries: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, pages, _ENTRIES_OFFSET)
         self.words = memoryview(self._map)[_ENTRIES_OFFSET:].cast("Q")
+        self._totals = [0] * _KINDS
+        self.count_totals()
         self.counters = memoryview(self._map)[_COUNTERS_OFFSET : _COUNTERS_OFFSET + 8 * len(Counter)].cast("Q")
 
     def count(self, counter: Counter, by: int = 1) -> None:
         """Add to a counter."""
         self.counters[counter] += by
 
+    def store(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> None:
+        """Write the entries of pages that have none; shapes ``(n,)``."""
+        self.entries[pfns] = entries
+        kinds = np.bincount((entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8), minlength=_KINDS)
+        self._totals = [total + int(more) for total, more in zip(self._totals, kinds, strict=True)]
+
+    def erase(self, start: int, count: int) -> int:
+        """Drop the entries of ``count`` pages from ``start`` on; how many had one."""
+        if count == 1:
+            kind = self.words[start] >> _KIND_SHIFT
+            self._totals[kind] -= 1
+            self.words[start] = NO_ENTRY
+            return int(kind != 0)
+        part = self.entries[start : start + count]
+        kinds = np.bincount((part >> np.uint64(_KIND_SHIFT)).astype(np.uint8), minlength=_KINDS).tolist()
+        self._totals = [total - less for total, less in zip(self._totals, kinds, strict=True)]
+        part[:] = NO_ENTRY
+        return count - int(kinds[0])
+
+    def count_totals(self) -> None:
+        """Count the totals anew from the entries."""
+        kinds = (self.entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
+        self._totals = np.bincount(kinds, minlength=_KINDS).tolist()
+
     def totals(self) -> dict[Residence, int]:
         """Pages whose entry names each non-resident residence."""
-        kinds = (self.entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
-        counted = np.bincount(kinds, minlength=16)
-        return {kind: int(counted[kind]) for kind in (Residence.ZERO, Residence.LAYER, Residence.PRESERVED)}
+        return {kind: self._totals[kind] for kind in (Residence.ZERO, Residence.LAYER, Residence.PRESERVED)}
 
     def layers(self) -> dict[int, LayerRecord]:
         """The recorded layers by slot.

@@ -179,13 +179,22 @@ class Epoch:
             if time.monotonic() > until:
                 yield Step.WORK
                 until = time.monotonic() + _SLICE_SECONDS
-        self._drop_absent()
+        yield from self._drop_absent()
         self.counts["candidates"] = int(np.count_nonzero(self._members)) + self.counts["touched"]
 
-    def _drop_absent(self) -> None:
-        if self._protected:
-            start, stop = self._protected[0].start, self._protected[-1].stop
-            self._members[start:stop][~self._ram.backing.presence(start, stop)] = Member.OUT
+    def _drop_absent(self) -> Iterator[Step]:
+        """Only what is present now, after protecting, stays: what comes later was filled by a fault, and so left."""
+        if not self._protected:
+            return
+        position, stop = self._protected[0].start, self._protected[-1].stop
+        until = time.monotonic() + _SLICE_SECONDS
+        for run in self._ram.backing.present_runs(position, stop):
+            self._members[position : run.start] = Member.OUT
+            position = run.stop
+            if time.monotonic() > until:
+                yield Step.WORK
+                until = time.monotonic() + _SLICE_SECONDS
+        self._members[position:stop] = Member.OUT
 
     def _prove_copies(self) -> Iterator[Step]:
         self.phase = Phase.PROVING

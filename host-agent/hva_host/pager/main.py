@@ -197,10 +197,10 @@ class Pager:
             "refaults": int(counters[Counter.REFAULTS]),
             "refault_pages": int(counters[Counter.REFAULT_PAGES]),
             "discarded_pages": int(counters[Counter.DISCARDED_PAGES]),
+            "first_touches": int(counters[Counter.FIRST_TOUCHES]),
             "write_faults": int(counters[Counter.WRITE_FAULTS]),
             "epochs": int(counters[Counter.EPOCHS]),
             "store_bytes": self._ram.store_bytes(),
-            "layer_cached_bytes": sum(layer.cached_bytes() for layer in self._ram.layers.values()),
             "stalls": self._refaults.stalls.as_dict(),
             "phase": self._epoch.phase if self._epoch else Phase.DONE,
             "held": [

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hva_host.memory.backing import Backing
 from hva_host.memory.layers import Layer
-from hva_host.memory.ledger import LAYERS, NO_ENTRY, Counter, Ledger
+from hva_host.memory.ledger import LAYERS, Counter, Ledger
 from hva_host.memory.userfaultfd import Userfaultfd
 from hvaqemu.errors import PeerLost, RefusedError
 from hvaqemu.pages import PAGE_SHIFT, Run
@@ -87,7 +87,7 @@ class Ram:
         :param runs: the same pages as runs.
         :raise OSError: the kernel could not punch; pages still present have no entry then.
         """
-        self.ledger.entries[pfns] = entries
+        self.ledger.store(pfns, entries)
         try:
             for run in runs:
                 self.backing.punch(run)
@@ -100,7 +100,7 @@ class Ram:
     def erase_present(self, start: int, stop: int) -> None:
         """Presence wins: drop the entries of present pages in pfns ``[start, stop)``."""
         for run in self.backing.present_runs(start, stop):
-            self.ledger.entries[run.start : run.stop] = NO_ENTRY
+            self.ledger.erase(run.start, run.pages)
 
     def add_layer(self, layer: Layer) -> int:
         """Record a layer and let pages be matched against it; a layer recorded before keeps its slot.

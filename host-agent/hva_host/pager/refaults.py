@@ -150,9 +150,10 @@ class Refaults:
     def _refault(self, pfn: int) -> None:
         """Answer a fault on a missing page, and remember where its reader may go on."""
         window = self._streams.window(pfn)
+        discarded = self._ram.ledger.words[pfn] != NO_ENTRY
         filled = self.fill(pfn, window.now)
         if filled:
-            self._ram.ledger.count(Counter.REFAULTS)
+            self._ram.ledger.count(Counter.REFAULTS if discarded else Counter.FIRST_TOUCHES)
             self._streams.refaulted(pfn, filled, window.pages)
 
     def _zero_run(self, pfn: int, length: int) -> Run:
@@ -209,13 +210,9 @@ class Refaults:
         ram = self._ram
         count = result.filled >> PAGE_SHIFT
         if count:
-            if count == 1:
-                ram.ledger.words[run.start] = NO_ENTRY
-            else:
-                ram.ledger.entries[run.start : run.start + count] = NO_ENTRY
-            ram.ledger.count(Counter.REFAULT_PAGES, count)
+            ram.ledger.count(Counter.REFAULT_PAGES, ram.ledger.erase(run.start, count))
         elif result.outcome is Fill.PRESENT:
-            ram.ledger.words[run.start] = NO_ENTRY
+            ram.ledger.erase(run.start, 1)
             ram.wake(Run(run.start, 1))
         elif result.outcome is Fill.AGAIN:
             self._retry[run.start] = 0.0

@@ -28,6 +28,9 @@ from hvaqemu.units import MiB
 BOOT_SECONDS = 240.0
 STEP_SECONDS = 120.0
 
+#: Sent to guests and run there, with nothing but the guest's standard library.
+GUEST_PROGRAMS = Path(__file__).parent / "guest"
+
 UNUSED, VOLATILE = ReclaimState.UNUSED, ReclaimState.VOLATILE
 BOTH = (UNUSED, VOLATILE)
 

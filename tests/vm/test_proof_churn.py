@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from hva_host.agent.pager_link import PagerLink
 from hva_host.pager.epoch import CONFIRM_ROUNDS
 from hvaqemu.errors import HvaError
 from hvaqemu.units import MiB
-from tests.vm.harness import BOTH, Guest, running_guest
+from tests.vm.harness import BOTH, GUEST_PROGRAMS, Guest, running_guest
 
 pytestmark = pytest.mark.timeout(900)
 
-_CHURN = Path(__file__).with_name("churn.py")
+_CHURN = GUEST_PROGRAMS / "churn.py"
 _SECONDS = 32
 #: Small enough that what the workload frees is used again within moments.
 _MEMORY = 256 * MiB

@@ -93,7 +93,7 @@ async def _start(runtime: Path, timeout: float) -> bytes:
     if word in (READY, TAKEN):
         return word
     said = logs.one_line(_since(path, began)) or "it said nothing"
-    raise LaunchError(f"the host agent could not be started: {said}")
+    raise LaunchError(f"the host agent could not be started: {said.removeprefix('hvaqemu: ')}")
 
 
 def _spawn(runtime: Path, log: int) -> subprocess.Popen[bytes]:

@@ -77,7 +77,10 @@ async def _serve(runtime: Path, ready: Callable[[Path], None]) -> None:
         loop.add_signal_handler(number, stop.set)
     path = runtime / CONTROL_SOCKET
     # Whoever made it is dead: we have the lock.
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror}", "remove what is in the socket's place") from error
     server = ControlServer(path)
 
     def on_event(event: str, data: dict[str, Any]) -> None:

@@ -1,0 +1,218 @@
+"""A fleet without QEMU, and a control socket on it: the seam that the control socket's tests stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from hva_host.agent.control import CONTROL_SOCKET, ControlServer
+from hva_host.agent.control_commands import CommandTable
+from hva_host.agent.model import (
+    EpochStats,
+    ExecResult,
+    HeldPages,
+    Measure,
+    PhaseSeconds,
+    ReclaimResult,
+    VmState,
+    VmStatus,
+)
+from hvaqemu.config import VmConfig
+from hvaqemu.errors import ConfigError, GuestError, RefusedError
+from hvaqemu.scenario_config import ReclaimState
+
+MEASURE = Measure(
+    uptime_s=12.5,
+    backing_bytes=96 << 20,
+    resident_pages=24576,
+    zero_pages=256,
+    layer_pages=512,
+    preserved_pages=0,
+    refaults=1234,
+    refault_pages=5678,
+    qemu_rss_bytes=50 << 20,
+    pager_rss_bytes=30 << 20,
+    agent_rss_bytes=40 << 20,
+    store_bytes=0,
+    layer_cached_bytes=100 << 20,
+    guest_free_bytes=-1,
+)
+
+
+def epoch(number: int, discarded: int) -> EpochStats:
+    return EpochStats(
+        number=number,
+        candidates=discarded + 3,
+        proven=discarded,
+        touched=1,
+        unmatched=2,
+        unconfirmed=0,
+        discarded=discarded,
+        discarded_zero=0,
+        discarded_layer=discarded,
+        resident_before=10_000,
+        seconds=PhaseSeconds(total=0.25),
+    )
+
+
+class StandInVm:
+    """A VM that remembers what it was asked."""
+
+    def __init__(self, config: VmConfig, emit: Callable[[str, dict[str, Any]], None], console: Path) -> None:
+        self.name = config.name
+        self.config = config
+        self.console_log = console
+        self.state = VmState.RUNNING
+        self.reason = ""
+        self.kernel = "6.1.0-s390x"
+        self.held: list[HeldPages] = []
+        self.asked: list[object] = []
+        self.answer = ExecResult(exit_status=0, stdout=b"out\n", stderr=b"err\n")
+        #: A restore waits for this; and says whether it was cancelled meanwhile.
+        self.go_on = asyncio.Event()
+        self.restoring = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self._emit = emit
+
+    async def status(self) -> VmStatus:
+        return VmStatus(
+            name=self.name,
+            state=self.state,
+            reason=self.reason,
+            pid=4321,
+            pager_pid=4322,
+            guest_connected=True,
+            guest_kernel=self.kernel,
+            memory_bytes=self.config.memory,
+            measure=MEASURE,
+            epochs=[epoch(1, 100)],
+            held=self.held,
+        )
+
+    async def measure(self) -> Measure:
+        return MEASURE
+
+    async def reclaim(
+        self, states: Sequence[ReclaimState], *, epochs: int | None = None, on_epoch: Any = None
+    ) -> ReclaimResult:
+        self.asked.append((tuple(states), epochs))
+        done = [epoch(number, 100 // number) for number in range(1, (epochs or 2) + 1)]
+        for stats in done:
+            self._emit("EPOCH", {"name": self.name, "stats": stats.model_dump()})
+        return ReclaimResult(
+            epochs=done,
+            discarded=sum(stats.discarded for stats in done),
+            backing_before_bytes=200 << 20,
+            backing_after_bytes=100 << 20,
+            seconds=1.5,
+        )
+
+    async def restore(self) -> int:
+        self.restoring.set()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return 768
+
+    async def resume(self) -> int:
+        return sum(len(held.pages) for held in self.held)
+
+    async def execute(
+        self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
+    ) -> ExecResult:
+        self.asked.append((tuple(argv), timeout, stdin))
+        if not self.config.allow_exec:
+            raise RefusedError(f"VM {self.name}: commands in the guest are off", "set allow_exec: true in its file")
+        if argv[0] == "missing":
+            raise GuestError("missing: no such program\nin the guest")
+        if argv[0] == "bug":
+            raise ZeroDivisionError("of ours")
+        return self.answer
+
+    async def balloon(self, size: int, timeout: float) -> int:
+        self.asked.append((size, timeout))
+        return size
+
+
+class StandInFleet:
+    """VMs by name."""
+
+    def __init__(self, folder: Path, emit: Callable[[str, dict[str, Any]], None]) -> None:
+        self.machines: dict[str, StandInVm] = {}
+        self.downing = asyncio.Event()
+        self.go_down = asyncio.Event()
+        self.go_down.set()
+        self._folder = folder
+        self._emit = emit
+
+    def add(self, name: str, **more: Any) -> StandInVm:
+        config = VmConfig(name=name, memory=256 << 20, **more)
+        vm = StandInVm(config, self._emit, self._folder / f"{name}.console")
+        self.machines[name] = vm
+        return vm
+
+    async def up(self, config: VmConfig, progress: Callable[[str], None]) -> StandInVm:
+        if config.name in self.machines:
+            raise ConfigError(f"VM {config.name}: the name is taken", "choose another")
+        progress("starting QEMU")
+        vm = StandInVm(config, self._emit, self._folder / f"{config.name}.console")
+        self.machines[config.name] = vm
+        return vm
+
+    async def down(self, name: str) -> str:
+        self.get(name)
+        self.downing.set()
+        await self.go_down.wait()
+        del self.machines[name]
+        return "the guest shut down"
+
+    def get(self, name: str) -> StandInVm:
+        if name not in self.machines:
+            raise ConfigError(f"VM {name}: no such VM", "known: none is running")
+        return self.machines[name]
+
+    def vms(self) -> list[StandInVm]:
+        return list(self.machines.values())
+
+
+class Served:
+    """A control socket that serves."""
+
+    def __init__(self, path: Path, server: ControlServer, fleet: StandInFleet, stop: asyncio.Event) -> None:
+        self.path = path
+        self.server = server
+        self.fleet = fleet
+        #: Set by ``quit``.
+        self.stop = stop
+
+
+@contextmanager
+def short_folder() -> Any:
+    """A folder whose path leaves room for the names of sockets, which pytest's own need not."""
+    folder = Path(tempfile.mkdtemp(prefix="hva-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@asynccontextmanager
+async def served(folder: Path) -> AsyncIterator[Served]:
+    """A control socket in ``folder``, on a fleet without VMs."""
+    path = folder / CONTROL_SOCKET
+    server = ControlServer(path)
+    fleet = StandInFleet(folder, server.emit)
+    stop = asyncio.Event()
+    server.listen()
+    await server.start(CommandTable(fleet, server.emit, stop.set))
+    try:
+        yield Served(path, server, fleet, stop)
+    finally:
+        await server.close()

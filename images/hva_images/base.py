@@ -82,6 +82,9 @@ _ALTERNATIVES: list[tuple[str, str, str, int, list[tuple[str, str, str]]]] = [
     ]),
 ]  # fmt: skip
 
+#: Below the root of the tree, and with the time of day in it.
+_ALTERNATIVES_LOG = "/alternatives.log"
+
 #: PAM's common files as pam-auth-update makes them of the profile "Unix authentication": the first lines of their
 #: primary and additional blocks, where "end" is what pam-auth-update counts.
 _PAM: dict[str, tuple[str, str]] = {
@@ -220,10 +223,11 @@ def _alternatives(tree: Tree) -> None:
     for link, name, target, priority, slaves in _ALTERNATIVES:
         if not tree.exists(target):
             continue
-        argv = ["update-alternatives", "--root", str(tree.root), "--log", "/dev/null", "--quiet"]
+        argv = ["update-alternatives", "--root", str(tree.root), "--log", _ALTERNATIVES_LOG, "--quiet"]
         argv += ["--install", link, name, target, str(priority)]
         argv += [word for slave in slaves for word in ("--slave", *slave)]
         run(argv, what="setting up alternatives", deadline=30)
+    tree.remove(_ALTERNATIVES_LOG)
 
 
 def _python(tree: Tree) -> None:

@@ -64,6 +64,7 @@ def ensure_image(reference: str | ImageSpec, *, base_dir: Path, progress: Progre
         return image
     started = time.monotonic()
     try:
+        cache.sweep()
         with cache.exclusive(directory):
             if (image := cache.load(directory)) is not None:
                 return image
@@ -149,7 +150,6 @@ def _build(job: _Job, staging: Path, progress: Progress) -> None:
     write_database(tree, packages.unpacked)
     for guest, host in wanted.files.items():
         tree.install(guest, host, 0o755 if host.stat().st_mode & 0o100 else 0o644)
-    tree.settle(packages.epoch)
 
     root, kernel, initrd = (staging / name for name in (cache.ROOT, cache.KERNEL, cache.INITRD))
     shutil.copyfile(base.kernel_image(tree), kernel)

@@ -96,12 +96,50 @@ def list_images() -> list[GuestImage]:
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Hold the right to build ``directory``; waits for another build of it, which ends with its process."""
-    path = directory.parent / f".{directory.name}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = _lock_of(directory)
+    descriptor = _lock(path, fcntl.LOCK_EX)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        # While it is held: who waits for it sees that the file is gone, and makes a new one.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def sweep() -> None:
+    """Remove what builds left that were killed."""
+    for leftover in images_dir().glob(".*.building"):
+        path = _lock_of(leftover.parent / leftover.name.removeprefix(".").removesuffix(".building"))
+        try:
+            descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        try:
+            _remove(leftover)
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.parent / f".{directory.name}.lock"
+
+
+def _lock(path: Path, how: int) -> int:
+    """A descriptor that holds the lock file ``path``.
+
+    :raise BlockingIOError: another process holds it, and ``how`` is not to wait.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, how)
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

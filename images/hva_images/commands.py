@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ _PACKAGE = {
     "mmdebstrap": "mmdebstrap",
     "dpkg-deb": "dpkg",
     "update-alternatives": "dpkg",
+    "setpriv": "util-linux",
     "mke2fs": "e2fsprogs",
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
@@ -27,6 +29,7 @@ _PACKAGE = {
 #: Where Debian keeps programs that an ordinary user's PATH leaves out.
 _MORE_PATH = "/usr/sbin:/sbin"
 _TAIL_LINES = 40
+_NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|You don't have enough free space", re.IGNORECASE)
 
 
 def find_tool(name: str) -> str:
@@ -60,7 +63,8 @@ def run(
     :raise HostError: it is not installed, or failed; the message carries the line of its stderr that says why.
     :raise DeadlineExceeded: it took longer than ``deadline``.
     """
-    command = [find_tool(argv[0]), *argv[1:]]
+    # It must not go on when this process is killed.
+    command = [find_tool("setpriv"), "--pdeathsig", "KILL", "--", find_tool(argv[0]), *argv[1:]]
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with subprocess.Popen(
         command,
@@ -97,9 +101,8 @@ def run(
 
 def _reason(name: str, status: int, tail: Sequence[str]) -> str:
     """The line of ``tail`` that says why, else the last one."""
-    for line in tail:
-        if "No space left on device" in line:
-            return f"{name}: no space left on device"
+    if any(_NO_ROOM.search(line) for line in tail):
+        return f"{name}: no space left on device"
     spoken = [line for line in tail if line.strip()]
     errors = [line for line in spoken if line.startswith(("E:", "error", f"{name}: ")) and "failed: E:" not in line]
     chosen = (errors or spoken or [f"ended with status {status}"])[0 if errors else -1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from hva_images.commands import run
-from hva_images.tree import Tree
+from hva_images.tree import Attributes, Tree
 from hvaqemu.errors import DeadlineExceeded, HostError
 from hvaqemu.units import MiB
 
@@ -29,8 +31,11 @@ def smallest_size(tree: Tree, more: int = 0) -> int:
 def make_ext4(tree: Tree, path: Path, *, size: int, label: str, epoch: int) -> None:
     """Write ``tree`` to a new file ``path`` of ``size`` bytes, at least :func:`smallest_size`.
 
-    :param epoch: the time of creation, seconds since 1970.
-    :raise HostError: no room on the host's disk, or mke2fs failed.
+    The same tree gives the same bytes, whoever owns it and wherever it is: files are made one by one in the order of
+    their paths, which the order in a directory of the host does not change.
+
+    :param epoch: the time of creation, seconds since 1970; no file is younger.
+    :raise HostError: no room on the host's disk, or e2fsprogs failed.
     """
     identity = str(uuid.uuid5(_NAMESPACE, label))
     with path.open("xb") as file:
@@ -38,13 +43,41 @@ def make_ext4(tree: Tree, path: Path, *, size: int, label: str, epoch: int) -> N
     inodes = max(65536, 2 * sum(1 for _ in tree.walk()))
     argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-N", str(inodes), "-m", "0"]
     argv += ["-O", _FEATURES, "-J", f"size={_JOURNAL_MIB}", "-L", label[:16], "-U", identity]
-    argv += ["-E", f"hash_seed={identity},root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0,nodiscard"]
-    argv += ["-d", str(tree.root), str(path)]
+    argv += ["-E", f"hash_seed={identity},root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0,nodiscard", str(path)]
     what = "making the file system"
     run(argv, what=what, deadline=_DEADLINE, env=_times(epoch))
-    if commands := _corrections(tree):
-        _debugfs(path, commands, what, epoch)
+    _debugfs(path, "".join(f"{line}\n" for line in _recipe(tree, epoch)).encode(), what, epoch)
     check_ext4(path)
+
+
+def _recipe(tree: Tree, epoch: int) -> Iterator[str]:
+    """debugfs commands that make all that is in ``tree``."""
+    first_of: dict[int, str] = {}
+    names: dict[int, int] = {}
+    for path in tree.walk():
+        host = tree.root / path.lstrip("/")
+        status = host.lstat()
+        where = _quoted(path)
+        names[status.st_ino] = names.get(status.st_ino, 0) + 1
+        if stat.S_ISLNK(status.st_mode):
+            yield f"symlink {where} {_quoted(str(host.readlink()))}"
+        elif stat.S_ISDIR(status.st_mode):
+            yield f"mkdir {where}"
+        elif not stat.S_ISREG(status.st_mode):
+            raise HostError(f"{path}: is neither file, directory nor link, and so can not be in an image")
+        elif (first := first_of.setdefault(status.st_ino, path)) != path:
+            yield f"ln {_quoted(first)} {where}"
+            yield f"sif {where} links_count {names[status.st_ino]}"
+            continue
+        else:
+            yield f"write {_quoted(str(host))} {where}"
+        wanted = tree.attributes.get(path, Attributes(stat.S_IMODE(status.st_mode)))
+        yield f"sif {where} mode 0{stat.S_IFMT(status.st_mode) | wanted.mode:o}"
+        yield f"sif {where} uid {wanted.uid}"
+        yield f"sif {where} gid {wanted.gid}"
+        yield f"sif {where} mtime @{min(int(status.st_mtime), epoch)}"
+        for field in ("atime", "ctime", "crtime"):
+            yield f"sif {where} {field} @{epoch}"
 
 
 def check_ext4(path: Path) -> None:
@@ -97,11 +130,3 @@ def _times(epoch: int) -> dict[str, str]:
 
 def _quoted(path: str) -> str:
     return '"' + path.replace('"', '""') + '"'
-
-
-def _corrections(tree: Tree) -> bytes:
-    """debugfs commands that give files to their owners."""
-    lines: list[str] = []
-    for path, wanted in tree.wrong_owners().items():
-        lines += [f"sif {_quoted(path)} uid {wanted.uid}", f"sif {_quoted(path)} gid {wanted.gid}"]
-    return "".join(f"{line}\n" for line in lines).encode()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,27 +142,6 @@ class Tree:
             status = os.lstat(self.root / path.lstrip("/"))
             total += -(-status.st_size // 4096) * 4096 + 256
         return total
-
-    def settle(self, epoch: int) -> None:
-        """Give files the modes they shall have and no times after ``epoch`` (seconds since 1970)."""
-        for path in self.walk(bottom_up=True):
-            where = self.root / path.lstrip("/")
-            status = where.lstat()
-            if not stat.S_ISLNK(status.st_mode) and path in self.attributes:
-                where.chmod(self.attributes[path].mode)
-            time = min(int(status.st_mtime), epoch)
-            os.utime(where, (time, time), follow_symlinks=False)
-        os.utime(self.root, (epoch, epoch))
-
-    def wrong_owners(self) -> dict[str, Attributes]:
-        """What must be corrected in the file system, because this user could not give the file to its owner."""
-        wrong: dict[str, Attributes] = {}
-        for path in self.walk():
-            status = os.lstat(self.root / path.lstrip("/"))
-            wanted = self.attributes.get(path, Attributes(stat.S_IMODE(status.st_mode)))
-            if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
-                wrong[path] = wanted
-        return wrong
 
     def _fresh(self, path: str) -> Path:
         """Room for a new file at ``path``.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hva_host.agent import records
-from hva_host.agent.lifecycle import adopt_vm, check_free, command_of, end_orphan, start_vm
+from hva_host.agent.lifecycle import adopt_vm, command_of, end_orphan, lives, start_vm
 from hva_host.agent.plan import Progress
 from hva_host.agent.records import VmFolder
 from hva_host.agent.vm import Listener, Vm
@@ -65,11 +65,13 @@ class Fleet:
         self._starting.add(name)
         try:
             folder = VmFolder(self._runtime, name)
-            try:
-                check_free(self._runtime, name)
-            except ConfigError:
+            record = folder.load()
+            if record is not None and await lives(record, folder):
                 folder.release()
-                raise
+                raise ConfigError(f"VM {name}: the name is taken", f"choose another, or 'hvaqemu down {name}' first")
+            # Whoever ran a VM of this name before was killed before it could clean up.
+            await end_orphan(folder)
+            folder = VmFolder(self._runtime, name)
             vm = await start_vm(config, folder, progress, self._on_event, die_with_parent=self._embedded)
             self._vms[name] = vm
             return vm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hva_host.agent.records import VmFolder, VmRecord
 from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import ConfigError, HvaError, PeerLost
+from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost
 from hvaqemu.qemu.command import LaunchSockets, build_command
 from hvaqemu.qemu.disk import create_overlay
 from hvaqemu.qemu.events import QmpEvent
@@ -22,6 +21,8 @@ from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.qemu.race import race
 
 _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
+#: Seconds for a QEMU that dies with its host agent.
+_DYING_SECONDS = 2.0
 
 
 async def start_vm(
@@ -107,13 +108,20 @@ def command_of(config: VmConfig, runtime: Path) -> list[str]:
     return build_command(config.profile, config, files, LaunchSockets(qmp=3, agent=4))
 
 
-def check_free(runtime: Path, name: str) -> None:
-    """See that no VM has this name.
-
-    :raise ConfigError: one has.
-    """
-    if os.path.lexists(runtime / "vms" / name / "vm.json"):
-        raise ConfigError(f"VM {name}: the name is taken", f"choose another, or 'hvaqemu down {name}' first")
+async def lives(record: VmRecord, folder: VmFolder) -> bool:
+    """Whether the QEMU of a record still runs; one whose host agent was killed may be about to end."""
+    try:
+        process = QemuProcess.adopt(record.qemu_pid, record.qemu_start_time, folder.path / QEMU_LOG)
+    except PeerLost:
+        return False
+    try:
+        # A process nobody has reaped can still be opened; waiting tells it from a live one.
+        await process.wait(_DYING_SECONDS)
+    except DeadlineExceeded:
+        return True
+    finally:
+        process.close()
+    return False
 
 
 class _Relay:

@@ -81,10 +81,11 @@ class Refaults:
         """
         ahead = self._streams.ahead()
         if ahead is not None:
-            start = ahead.next
-            # Only what was discarded: a page never touched is left to whoever touches it.
-            discarded = start < self._ram.pages and self._ram.ledger.words[start] != NO_ENTRY
-            self._streams.filled(ahead, self.fill(start, min(AROUND_MAX, ahead.stop - start)) if discarded else 0)
+            # Resident pages are passed over, and so are pages never touched: they are left to whoever touches them.
+            discarded = np.flatnonzero(self._ram.ledger.entries[ahead.next : ahead.stop])
+            start = ahead.next + int(discarded[0]) if len(discarded) else ahead.stop
+            filled = self.fill(start, min(AROUND_MAX, ahead.stop - start)) if start < ahead.stop else 0
+            self._streams.filled(ahead, start + filled)
         return self._streams.reading_ahead
 
     def fill(self, pfn: int, length: int) -> int:

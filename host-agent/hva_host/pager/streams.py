@@ -10,14 +10,16 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: The longest window in pages (1 MiB): more than a reader gets through while the pager fills the next run.
-WINDOW_MAX = 256
+#: The longest window in pages (2 MiB): more than a reader gets through while the pager fills the next run.
+WINDOW_MAX = 512
 #: Pages filled before who waits is woken: for a reader we are ahead of, and for one that caught up with us and so
 #: spends more time being woken than reading.
 AROUND = 16
 AROUND_MAX = 64
 _FIRST = 1
 _STREAMS = 16
+#: A reader passes over so many resident pages, seen by nobody, and is still the same reader.
+_SLACK = 32
 _AHEAD = 4
 
 
@@ -56,8 +58,11 @@ class Streams:
                 # The reader is faster than we are: go on from where it is.
                 self._ahead.remove(ahead)
                 return Window(min(ahead.window, AROUND_MAX), ahead.window)
-        pages = self._expected.pop(pfn, _FIRST)
-        return Window(min(pages, AROUND), pages)
+        for expected, pages in self._expected.items():
+            if expected <= pfn < expected + _SLACK:
+                del self._expected[expected]
+                return Window(min(pages, AROUND), pages)
+        return Window(_FIRST, _FIRST)
 
     def refaulted(self, pfn: int, filled: int, window: int) -> None:
         """A fault on ``pfn`` with this window was answered with ``filled`` pages."""
@@ -72,11 +77,11 @@ class Streams:
         """What to fill next; to be answered by :meth:`filled`."""
         return self._ahead[0] if self._ahead else None
 
-    def filled(self, ahead: Ahead, pages: int) -> None:
-        """``pages`` were filled at ``ahead.next``; none ends this read-ahead. Several take turns."""
+    def filled(self, ahead: Ahead, until: int) -> None:
+        """Everything before pfn ``until`` is resident now; no progress ends this read-ahead. Several take turns."""
         self._ahead.remove(ahead)
-        ahead.next += pages
-        if pages and ahead.next < ahead.stop:
+        progress, ahead.next = until > ahead.next, until
+        if progress and ahead.next < ahead.stop:
             self._ahead.append(ahead)
         else:
             self._end(ahead)

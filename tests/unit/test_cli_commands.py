@@ -1,0 +1,248 @@
+"""Subcommands against a control socket on a fleet without QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hva_host.agent.model import ExecResult, HeldPages, Measure, VmState, VmStatus
+from hva_host.cli.main import main
+from hvaqemu.protocol import STDIN_BYTES_MAX
+from tests.unit.control_stand_ins import Served, StandInVm, served, short_folder
+
+_VM = """\
+name: {name}
+memory: {memory}
+image: nowhere/image.yaml
+"""
+
+
+class Agent:
+    """A host agent in a thread of its own."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, served: Served) -> None:
+        self._loop = loop
+        self._served = served
+
+    def add(self, name: str, change: Callable[[StandInVm], None] = lambda vm: None, **more: object) -> StandInVm:
+        async def added() -> StandInVm:
+            vm = self._served.fleet.add(name, **more)
+            vm.go_on.set()
+            change(vm)
+            return vm
+
+        return asyncio.run_coroutine_threadsafe(added(), self._loop).result(10)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._served.fleet.machines)
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
+    ready: list[Agent] = []
+    serving, over = threading.Event(), asyncio.Event()
+
+    async def serve(folder: Path) -> None:
+        async with served(folder) as found:
+            ready.append(Agent(asyncio.get_running_loop(), found))
+            serving.set()
+            await over.wait()
+
+    with short_folder() as folder:
+        monkeypatch.setenv("HVAQEMU_RUNTIME_DIR", str(folder))
+        thread = threading.Thread(target=lambda: asyncio.run(serve(folder)))
+        thread.start()
+        assert serving.wait(10)
+        yield ready[0]
+        ready[0]._loop.call_soon_threadsafe(over.set)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+Said = pytest.CaptureFixture[bytes]
+
+
+def test_ls_and_status_show_what_json_says(agent: Agent, capsysbinary: Said) -> None:
+    assert main(["ls"]) == 0
+    assert b"no VM is running" in capsysbinary.readouterr().out
+    agent.add("one")
+    agent.add("two")
+    assert main(["ls", "--json"]) == 0
+    vms = [VmStatus.model_validate(each) for each in json.loads(capsysbinary.readouterr().out)]
+    assert [vm.name for vm in vms] == ["one", "two"]
+    assert main(["ls"]) == 0
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert lines[0].split()[:3] == ["NAME", "STATE", "PROCESS"]
+    assert [line.split()[:3] for line in lines[1:]] == [["one", "running", "4321"], ["two", "running", "4321"]]
+    assert "96.0 MiB" in lines[1]
+    assert main(["status", "one", "--json"]) == 0
+    status = json.loads(capsysbinary.readouterr().out)
+    assert set(status["measure"]) == set(Measure.model_fields)
+    assert status["epochs"][0]["discarded"] == 100
+    assert main(["status", "one"]) == 0
+    text = capsysbinary.readouterr().out.decode()
+    for part in ("running", "6.1.0-s390x", "96.0 MiB", "2.0 MiB from layers", "unknown", "EPOCH"):
+        assert part in text
+
+
+def test_an_unknown_vm_is_1_and_one_line(agent: Agent, capsysbinary: Said) -> None:
+    for command in ("status", "down", "reclaim", "restore", "resume", "console"):
+        assert main([command, "nobody"]) == 1
+        said = capsysbinary.readouterr()
+        assert said.out == b""
+        assert said.err == b"hvaqemu: VM nobody: no such VM (known: none is running)\n"
+
+
+def _held(vm: StandInVm) -> None:
+    vm.state, vm.reason = VmState.HELD, "base.raw has changed"
+    vm.held = [HeldPages(layer="base.raw", pages=[1, 2, 3], reason="base.raw has changed")]
+    vm.kernel = "\x1b[2J[red]6.1\u202e"
+
+
+def _panicked(vm: StandInVm) -> None:
+    vm.state, vm.reason = VmState.PANICKED, "the guest's kernel panicked: \x1b[2Joops"
+
+
+def test_a_vm_that_needs_its_operator_is_loud(agent: Agent, capsysbinary: Said) -> None:
+    agent.add("bad", _held)
+    agent.add("worse", _panicked)
+    assert main(["ls"]) == 0
+    text = capsysbinary.readouterr().out.decode()
+    assert "HELD" in text
+    assert "base.raw has changed" in text
+    assert "`hvaqemu resume bad`" in text
+    assert "PANICKED" in text
+    assert main(["status", "bad"]) == 0
+    text += capsysbinary.readouterr().out.decode()
+    assert text.count("HELD") >= 4
+    assert "3 pages of base.raw" in text
+    assert "[red]6.1" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert main(["resume", "bad"]) == 1
+    assert b"3 pages are still held" in capsysbinary.readouterr().err
+
+
+def test_reclaim_restore_resume_down(agent: Agent, capsysbinary: Said) -> None:
+    vm = agent.add("one")
+    assert main(["reclaim", "one", "--states", "unused", "--epochs", "2"]) == 0
+    said = capsysbinary.readouterr()
+    assert vm.asked == [(("unused",), 2)]
+    assert b"backing 200.0 MiB -> 100.0 MiB; 150 pages discarded in 2 epochs" in said.out
+    assert said.err.count(b"epoch ") == 2
+    assert main(["reclaim", "one", "--json"]) == 0
+    assert json.loads(capsysbinary.readouterr().out)["discarded"] == 150
+    assert vm.asked[-1] == (("unused", "volatile"), None)
+    assert main(["reclaim", "one", "--states", "unused,precious"]) == 1
+    assert b"'precious' is not a page state" in capsysbinary.readouterr().err
+    assert main(["restore", "one"]) == 0
+    assert b"768 pages (3.0 MiB)" in capsysbinary.readouterr().out
+    assert main(["resume", "one", "--json"]) == 0
+    assert json.loads(capsysbinary.readouterr().out) == {"held": 0}
+    assert main(["down", "one"]) == 0
+    assert agent.names == []
+
+
+@pytest.mark.parametrize(
+    ("result", "code", "says"),
+    [
+        (ExecResult(exit_status=0), 0, b""),
+        (ExecResult(exit_status=255), 255, b""),
+        (ExecResult(exit_status=7, stderr=b"oh\n"), 7, b"oh\n"),
+        (ExecResult(exit_status=None, signal=9), 137, b"signal 9"),
+        (ExecResult(exit_status=None, signal=9, timed_out=True), 124, b"not done after 60.0 s"),
+        (ExecResult(exit_status=0, truncated=True), 0, b"is lost"),
+    ],
+)
+def test_the_guests_exit_status_is_ours(
+    agent: Agent, capsysbinary: Said, result: ExecResult, code: int, says: bytes
+) -> None:
+    agent.add("one", lambda vm: setattr(vm, "answer", result), allow_exec=True)
+    assert main(["exec", "one", "--", "job"]) == code
+    said = capsysbinary.readouterr().err
+    assert says in said
+    assert bool(said) == bool(says)
+
+
+def test_exec_passes_words_and_bytes_through(agent: Agent, capsysbinary: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = bytes(range(256))
+    vm = agent.add("one", lambda vm: setattr(vm, "answer", ExecResult(exit_status=0, stdout=raw)), allow_exec=True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    assert main(["exec", "one", "--timeout", "2m", "--stdin", "--", "sh", "-c", "a b", "--", "--json"]) == 0
+    assert capsysbinary.readouterr().out == raw
+    assert vm.asked == [(("sh", "-c", "a b", "--", "--json"), 120.0, raw)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(STDIN_BYTES_MAX + 1))))
+    assert main(["exec", "one", "--stdin", "--", "cat"]) == 1
+    assert b"standard input: more than 65536 bytes" in capsysbinary.readouterr().err
+    agent.add("closed")
+    assert main(["exec", "closed", "--", "ls"]) == 1
+    assert b"commands in the guest are off" in capsysbinary.readouterr().err
+    assert main(["exec", "one", "--", "bug"]) == 2
+    assert b"ZeroDivisionError" in capsysbinary.readouterr().err
+
+
+def test_console_is_raw_only_into_a_pipe(agent: Agent, capsysbinary: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = agent.add("one", lambda vm: setattr(vm, "state", VmState.GONE))
+    assert main(["console", "one"]) == 1
+    assert b"No such file" in capsysbinary.readouterr().err
+    vm.console_log.write_bytes(b"\x1b[2Jbooting\r\n\xff")
+    for follow in ([], ["--follow"]):
+        assert main(["console", "one", *follow]) == 0
+        assert capsysbinary.readouterr().out == b"\x1b[2Jbooting\r\n\xff"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["console", "one"]) == 0
+    assert capsysbinary.readouterr().out == b"\\x1b[2Jbooting\n\\xff"
+
+
+def test_up_sends_the_file_with_absolute_paths(agent: Agent, capsysbinary: Said, tmp_path: Path) -> None:
+    file = tmp_path / "vm.yaml"
+    file.write_text(_VM.format(name="one", memory="256M"))
+    assert main(["up", str(file), "--timeout", "3s"]) == 0
+    said = capsysbinary.readouterr().err.decode()
+    assert said.splitlines() == ["starting QEMU", "one is up, process 4321: 6.1.0-s390x"]
+    assert main(["up", str(file), "--json"]) == 1
+    assert capsysbinary.readouterr().err == b"hvaqemu: VM one: the name is taken (choose another)\n"
+    vm = agent._served.fleet.machines["one"]
+    assert vm.config.image == str(tmp_path / "nowhere/image.yaml")
+    assert vm.config.boot_timeout == 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: one\nmemory: 512M\nflavour: sweet\n", ":3: "),
+        ("name: one\nmemory: 3M\n", "memory"),
+        ("name: [one\n", "vm.yaml:"),
+        ("name: one\n", "memory"),
+    ],
+)
+@pytest.mark.parametrize("command", [["up"], ["up", "--dry-run"]])
+def test_a_wrong_file_is_one_line_and_asks_nobody(
+    capsysbinary: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str, command: list[str]
+) -> None:
+    monkeypatch.setenv("HVAQEMU_RUNTIME_DIR", str(tmp_path / "none"))
+    file = tmp_path / "vm.yaml"
+    file.write_text(text)
+    assert main([*command, str(file)]) == 1
+    said = capsysbinary.readouterr().err.decode()
+    assert said.count("\n") == 1
+    assert said.startswith(f"hvaqemu: {file}")
+    assert says in said
+    assert not (tmp_path / "none").exists()
+
+
+def test_run_looks_before_it_starts(capsysbinary: Said, tmp_path: Path) -> None:
+    file = tmp_path / "scenario.yaml"
+    assert main(["run", str(file)]) == 1
+    assert b"No such file" in capsysbinary.readouterr().err
+    file.write_text("vm: {name: one, memory: 512M}\nsteps:\n  - measure: filled\n")
+    assert main(["run", str(file), "--json", str(tmp_path / "none" / "report.json")]) == 1
+    assert b"not there or not writable" in capsysbinary.readouterr().err

@@ -10,13 +10,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hva_host.agent import accounts
-from hva_host.agent.epochs import EpochDriver
 from hva_host.agent.guest_link import GuestLink, LinkState
 from hva_host.agent.model import (
     EpochStats,
@@ -30,6 +28,7 @@ from hva_host.agent.model import (
     VmStatus,
 )
 from hva_host.agent.pager_process import PagerHandle, call
+from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost, RefusedError
@@ -41,15 +40,14 @@ from hvaqemu.qemu.process import QemuProcess, StopTimeouts
 from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.scenario_config import ReclaimState
 
-_EPOCHS_KEPT = 32
-_EPOCHS_MAX = 32
-#: An epoch that discards less than this share of what was resident ends a reclaim.
-_GAIN_WORTH_IT = 0.01
 _STATS_SECONDS = 2.0
 _RESTORE_SECONDS_PER_GIB = 60.0
 _PAGER_RETRY_SECONDS = 0.2
 _PAGER_TRIES = 10
 _QMP_RETRY_SECONDS = 0.5
+#: How the kernel begins its last message (kernel/panic.c), and how far back on the console to look for it, in bytes.
+_PANIC = "Kernel panic - "
+_CONSOLE_BYTES = 32768
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -65,18 +63,14 @@ class Vm:
         self.record = record
         self.process = process
         self.qmp: QmpLink | None = None
-        self.epochs: deque[EpochStats] = deque(maxlen=_EPOCHS_KEPT)
         self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._listener = listener
-        self._pages = record.config.memory >> PAGE_SHIFT
-        self._driver = EpochDriver(self._pages)
-        self.pager = PagerHandle(folder.path, self._driver.on_pager_event)
-        self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=self._pages, on_change=self._on_guest)
+        pages = record.config.memory >> PAGE_SHIFT
+        self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
+        self.pager = PagerHandle(folder.path, lambda name, data: self.reclaimer.on_pager_event(name, data))
+        self.reclaimer = Reclaimer(pages, self.guest, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch)
         self._state = VmState.STARTING
         self._reason = ""
-        self._epoch_lock = asyncio.Lock()
-        self._reclaiming: asyncio.Task[ReclaimResult] | None = None
-        self._stop_reclaiming = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
 
@@ -111,7 +105,7 @@ class Vm:
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""
         if isinstance(event, GuestPanicked):
-            self._fail(VmState.PANICKED, f"the guest's kernel panicked: {self._console_tail()}")
+            self._fail(VmState.PANICKED, self._why_panicked())
         elif isinstance(event, Shutdown):
             self._enter(VmState.STOPPING, event.reason)
         elif isinstance(event, Stop) and self._state is VmState.RUNNING:
@@ -131,7 +125,7 @@ class Vm:
         :raise DeadlineExceeded: even SIGKILL did not end QEMU.
         """
         self._ending = True
-        await self._cancel_reclaiming()
+        await self.reclaimer.cancel()
         report = await self.process.stop(self.qmp if self.qmp and self.qmp.connected else None, timeouts)
         await self.pager.wait_ended(10.0)
         await self._let_go()
@@ -140,7 +134,7 @@ class Vm:
     async def close(self) -> None:
         """Let go of the VM; it goes on."""
         self._ending = True
-        await self._cancel_reclaiming()
+        await self.reclaimer.cancel()
         await self._let_go()
 
     async def wait_gone(self) -> str:
@@ -182,7 +176,7 @@ class Vm:
         :raise PeerLost: as :meth:`measure`.
         """
         pager = await self._pager_status()
-        report = self._driver.report
+        report = self.reclaimer.report
         return Sample(
             at_s=accounts.uptime(self.process.start_time),
             backing_bytes=pager["backing_bytes"],
@@ -219,7 +213,7 @@ class Vm:
             guest_kernel=logs.printable(hello.kernel) if hello else "",
             memory_bytes=self.config.memory,
             measure=measure,
-            epochs=list(self.epochs),
+            epochs=list(self.reclaimer.epochs),
             stalls=StallStats(**pager.get("stalls", {})),
             held=held,
         )
@@ -236,39 +230,21 @@ class Vm:
         :raise RefusedError: something runs or is attached that makes discarding unsafe.
         :raise HvaError: a peer went or was silent.
         """
-        began = time.monotonic()
-        before = (await self._pager_status())["backing_bytes"]
-        done: list[EpochStats] = []
-        for number in range(epochs if epochs is not None else _EPOCHS_MAX):
-            stats = await self._epoch(states, sift=number == 0)
-            done.append(stats)
-            if on_epoch is not None:
-                on_epoch(stats)
-            if epochs is None and stats.discarded < _GAIN_WORTH_IT * stats.resident_before:
-                break
-        return await self._result(done, before, began)
+        return await self.reclaimer.reclaim(states, epochs, on_epoch)
 
     def start_reclaiming(self, states: Sequence[ReclaimState], every: float) -> None:
         """Run an epoch every ``every`` seconds beside whatever else goes on, until :meth:`stop_reclaiming`.
 
         :raise RefusedError: that is going on already.
         """
-        if self._reclaiming is not None:
-            raise RefusedError(f"VM {self.name}: a reclaim runs already", "stop it first")
-        self._stop_reclaiming.clear()
-        self._reclaiming = asyncio.create_task(self._reclaim_for_ever(states, every), name=f"{self.name}: reclaim")
+        self.reclaimer.start(states, every)
 
     async def stop_reclaiming(self) -> ReclaimResult:
         """End what :meth:`start_reclaiming` began, after the epoch under way; what it did.
 
         :raise HvaError: what ended it before.
         """
-        task, self._reclaiming = self._reclaiming, None
-        if task is None:
-            raise RefusedError(f"VM {self.name}: no reclaim runs")
-        # Asked to end between two epochs, not inside one.
-        self._stop_reclaiming.set()
-        return await task
+        return await self.reclaimer.stop()
 
     async def restore(self) -> int:
         """Make every discarded page resident; how many were.
@@ -276,7 +252,7 @@ class Vm:
         :raise RefusedError: the host has no room for them, or pages are held.
         :raise HvaError: a peer went or was silent.
         """
-        async with self._epoch_lock:
+        async with self.reclaimer.exclusive:
             status = await self._pager_status()
             wanted = (status["zero_pages"] + status["layer_pages"] + status["preserved_pages"]) << PAGE_SHIFT
             if (available := accounts.available()) < wanted:
@@ -321,14 +297,6 @@ class Vm:
 
     # Inside
 
-    async def _epoch(self, states: Sequence[ReclaimState], *, sift: bool) -> EpochStats:
-        async with self._epoch_lock:
-            await self._refuse_when_unsafe()
-            stats = await self._driver.run(self.guest, self.pager.link, states, sift=sift)
-        self.epochs.append(stats)
-        self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})
-        return stats
-
     async def _refuse_when_unsafe(self) -> None:
         if self.qmp is None or not self.qmp.connected:
             raise PeerLost("QMP: not connected")
@@ -338,38 +306,11 @@ class Vm:
         if await self.qmp.memory_devices():
             raise RefusedError(f"VM {self.name}: has hot-plugged memory", "only the RAM it was started with is known")
 
-    async def _reclaim_for_ever(self, states: Sequence[ReclaimState], every: float) -> ReclaimResult:
-        began = time.monotonic()
-        before = (await self._pager_status())["backing_bytes"]
-        done: list[EpochStats] = []
-        while not self._stop_reclaiming.is_set():
-            until = time.monotonic() + every
-            done.append(await self._epoch(states, sift=False))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                    await self._stop_reclaiming.wait()
-        return await self._result(done, before, began)
-
-    async def _result(self, done: list[EpochStats], before: int, began: float) -> ReclaimResult:
-        return ReclaimResult(
-            epochs=done,
-            discarded=sum(stats.discarded for stats in done),
-            backing_before_bytes=before,
-            backing_after_bytes=(await self._pager_status())["backing_bytes"],
-            seconds=time.monotonic() - began,
-        )
-
     async def _pager_status(self) -> dict[str, Any]:
         return await call(self.pager, "status")
 
     def _layer_cached_bytes(self) -> int:
         return sum(accounts.cached_bytes(image) for image, _ in self.record.layers)
-
-    async def _cancel_reclaiming(self) -> None:
-        task, self._reclaiming = self._reclaiming, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
 
     async def _let_go(self) -> None:
         for task in self._tasks:
@@ -393,11 +334,17 @@ class Vm:
         if not self.failure.done():
             self.failure.set_result(why)
 
+    def _on_epoch(self, stats: EpochStats) -> None:
+        self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})
+
     def _on_guest(self, state: LinkState) -> None:
         self._listener("GUEST_AGENT", {"name": self.name, "state": state.value})
 
-    def _console_tail(self) -> str:
-        return logs.one_line(logs.tail(self.console_log), 2)
+    def _why_panicked(self) -> str:
+        """What the guest's kernel said of its end; what it prints after that is a call trace."""
+        said = logs.tail(self.console_log, _CONSOLE_BYTES).splitlines()
+        reasons = [line for line in said if _PANIC in line]
+        return f"the guest's kernel panicked: {reasons[-1] if reasons else logs.one_line(chr(10).join(said), 2)}"
 
     async def _watch_qemu(self) -> None:
         why = await self.wait_gone()
@@ -460,6 +407,6 @@ class Vm:
         if status.running:
             self._enter(VmState.RUNNING)
         elif status.status == "guest-panicked":
-            self._fail(VmState.PANICKED, f"the guest's kernel panicked: {self._console_tail()}")
+            self._fail(VmState.PANICKED, self._why_panicked())
         else:
             self._enter(VmState.PAUSED, status.status)

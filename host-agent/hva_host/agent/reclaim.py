@@ -1,0 +1,148 @@
+"""Reclaiming a VM's memory: one epoch after the other, until it no longer pays, or until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from hva_host.agent.epochs import EpochDriver
+from hva_host.agent.guest_exchange import ScanReport
+from hva_host.agent.guest_link import GuestLink
+from hva_host.agent.model import EpochStats, ReclaimResult
+from hva_host.agent.pager_process import PagerHandle, call
+from hvaqemu.errors import PeerLost, RefusedError
+from hvaqemu.scenario_config import ReclaimState
+
+_EPOCHS_KEPT = 32
+_EPOCHS_MAX = 32
+#: An epoch that discards less than this share of what was resident ends a reclaim.
+_GAIN_WORTH_IT = 0.01
+#: How long after a pager's death the next epoch is tried, in seconds.
+_RETRY_SECONDS = 0.2
+
+
+class Reclaimer:
+    """The epochs of one VM, never two at once.
+
+    :param check: raises before an epoch that would not be safe.
+    :param on_epoch: told of every epoch that ended.
+    :ivar exclusive: held during an epoch, and by whatever must not overlap one.
+    :ivar epochs: what the last ones did, oldest first.
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        guest: GuestLink,
+        pager: Callable[[], PagerHandle],
+        check: Callable[[], Coroutine[Any, Any, None]],
+        on_epoch: Callable[[EpochStats], None],
+    ) -> None:
+        self.exclusive = asyncio.Lock()
+        self.epochs: deque[EpochStats] = deque(maxlen=_EPOCHS_KEPT)
+        self._driver = EpochDriver(pages)
+        self._guest = guest
+        self._pager = pager
+        self._check = check
+        self._on_epoch = on_epoch
+        self._task: asyncio.Task[ReclaimResult] | None = None
+        self._stop = asyncio.Event()
+
+    @property
+    def report(self) -> ScanReport | None:
+        """The guest's newest report."""
+        return self._driver.report
+
+    def on_pager_event(self, name: str, data: dict[str, Any]) -> None:
+        """To be called with every event of the VM's pager."""
+        self._driver.on_pager_event(name, data)
+
+    async def reclaim(
+        self, states: Sequence[ReclaimState], epochs: int | None, on_epoch: Callable[[EpochStats], None] | None
+    ) -> ReclaimResult:
+        """Run epochs until one gains less than 1 %, or exactly ``epochs`` of them.
+
+        :raise RefusedError: something runs or is attached that makes discarding unsafe.
+        :raise HvaError: a peer went or was silent.
+        """
+        began, before = time.monotonic(), await self._backing()
+        done: list[EpochStats] = []
+        for number in range(epochs if epochs is not None else _EPOCHS_MAX):
+            stats = await self._epoch(states, sift=number == 0)
+            done.append(stats)
+            if on_epoch is not None:
+                on_epoch(stats)
+            if epochs is None and stats.discarded < _GAIN_WORTH_IT * stats.resident_before:
+                break
+        return await self._result(done, before, began)
+
+    def start(self, states: Sequence[ReclaimState], every: float) -> None:
+        """Run an epoch every ``every`` seconds beside whatever else goes on, until :meth:`stop`.
+
+        :raise RefusedError: that is going on already.
+        """
+        if self._task is not None:
+            raise RefusedError("a reclaim runs already", "stop it first")
+        self._stop.clear()
+        self._task = asyncio.create_task(self._go_on(states, every))
+
+    async def stop(self) -> ReclaimResult:
+        """End what :meth:`start` began, after the epoch under way; what it did.
+
+        :raise HvaError: what ended it before.
+        """
+        task, self._task = self._task, None
+        if task is None:
+            raise RefusedError("no reclaim runs")
+        # Asked to end between two epochs, not inside one.
+        self._stop.set()
+        return await task
+
+    async def cancel(self) -> None:
+        """End what :meth:`start` began, at once; the pager's deadline ends its epoch."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                # Seen, so that asyncio does not complain that nobody asked.
+                task.exception()
+
+    async def _epoch(self, states: Sequence[ReclaimState], *, sift: bool) -> EpochStats:
+        async with self.exclusive:
+            await self._check()
+            stats = await self._driver.run(self._guest, self._pager().link, states, sift=sift)
+        self.epochs.append(stats)
+        self._on_epoch(stats)
+        return stats
+
+    async def _go_on(self, states: Sequence[ReclaimState], every: float) -> ReclaimResult:
+        began, before = time.monotonic(), await self._backing()
+        done: deque[EpochStats] = deque(maxlen=1000)
+        while not self._stop.is_set():
+            until = time.monotonic() + every
+            try:
+                done.append(await self._epoch(states, sift=False))
+            except PeerLost:
+                # A pager that died is replaced; a VM that ended cancels this.
+                until = time.monotonic() + max(every, _RETRY_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                    await self._stop.wait()
+        return await self._result(list(done), before, began)
+
+    async def _result(self, done: list[EpochStats], before: int, began: float) -> ReclaimResult:
+        return ReclaimResult(
+            epochs=done,
+            discarded=sum(stats.discarded for stats in done),
+            backing_before_bytes=before,
+            backing_after_bytes=await self._backing(),
+            seconds=time.monotonic() - began,
+        )
+
+    async def _backing(self) -> int:
+        return int((await call(self._pager(), "status"))["backing_bytes"])

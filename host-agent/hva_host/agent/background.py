@@ -21,7 +21,7 @@ READY, TAKEN = b"ready\n", b"taken\n"
 #: Bytes of log kept from earlier host agents.
 _LOG_MAX = 1 << 20
 #: Environment variables whose value may be a path relative to a folder that the host agent leaves.
-_PLACES = ("HVAQEMU_RUNTIME_DIR", "HVAQEMU_STATE_DIR", "HVAQEMU_CACHE_DIR")
+_PLACES = ("HVAQEMU_RUNTIME_DIR", "HVAQEMU_STATE_DIR", "HVAQEMU_CACHE_DIR", "HVAQEMU_APT_SOURCES")
 
 
 async def connect_or_start(runtime: Path, timeout: float = 30.0) -> ControlClient:

@@ -23,7 +23,8 @@ def tail(path: Path, size: int = 4096) -> str:
             raw = file.read(size)
     except OSError:
         return ""
-    text = raw.decode(errors="replace")
+    # A serial console ends its lines with both.
+    text = raw.decode(errors="replace").replace("\r\n", "\n")
     if length > size:
         text = text.partition("\n")[2] or text
     return printable(text).strip()

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Guest:
 
     def classes(self) -> NDArray[np.uint8]:
         """The guest's newest report, a class-map byte a page."""
-        report = self.vm._driver.report
+        report = self.vm.reclaimer.report
         assert report is not None
         return report.classes
 
@@ -133,26 +133,18 @@ async def nothing_left(name: str) -> None:
 
 
 def processes_of(name: str) -> list[str]:
-    """Command lines of living processes that have to do with the VM: its QEMU, and any pager of a QEMU of ours."""
-    folder = os.fsencode(runtime_dir() / "vms" / name)
+    """Command lines of living processes that have to do with the VM: whose arguments or open files name its folder."""
+    folder = os.fsencode(runtime_dir() / "vms" / name) + b"/"
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            try:
+            # It may end while it is looked at.
+            with suppress(OSError):
                 words = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            pager = b"hva_host.pager" in words and _parent(entry) == os.getpid()
-            if folder in words or pager:
-                found.append(words.replace(b"\0", b" ").decode(errors="replace")[:100])
+                said = [words, *(os.fsencode(link.readlink()) for link in (entry / "fd").iterdir())]
+                if any(folder in text for text in said):
+                    found.append(words.replace(b"\0", b" ").decode(errors="replace")[:100])
     return found
-
-
-def _parent(entry: Path) -> int:
-    try:
-        return int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
 
 
 def alive(pid: int) -> bool:

@@ -151,7 +151,7 @@ print(hashlib.md5(data).hexdigest())
     async def nothing_new(_guest: Any) -> None:
         return
 
-    driver = guest.vm._driver
+    driver = guest.vm.reclaimer._driver
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_scan", nothing_new)
         stats = await guest.epoch(VOLATILE)

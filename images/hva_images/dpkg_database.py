@@ -28,7 +28,7 @@ def write_database(tree: Tree, debs: list[Deb]) -> None:
         stem = f"{ADMIN}/info/{deb.info_name}"
         paths = ["/.", *(member.path for member in deb.members if member.path != "/")]
         tree.write(f"{stem}.list", "".join(f"{path}\n" for path in paths))
-        for name, content in deb.info.items():
+        for name, content in {"md5sums": _sums(tree, deb), **deb.info}.items():
             tree.write(f"{stem}.{name}", content, 0o755 if name in _EXECUTABLE else 0o644)
     _write_triggers(tree, debs)
 
@@ -42,6 +42,16 @@ def _stanza(tree: Tree, deb: Deb) -> str:
         sums = "".join(f"\n {path} {hashlib.md5(tree.read(path)).hexdigest()}" for path in present)
         lines.append(f"Conffiles:{sums}")
     return "\n".join(lines) + "\n\n"
+
+
+def _sums(tree: Tree, deb: Deb) -> bytes:
+    """What dpkg writes for a package that brings no ``md5sums`` of its own."""
+    if "md5sums" in deb.info:
+        return b""
+    conffiles = deb.script("conffiles").split()
+    plain = [member.path for member in deb.members if not member.is_dir and not member.is_link]
+    listed = [path for path in plain if path not in conffiles and tree.exists(path)]
+    return "".join(f"{hashlib.md5(tree.read(path)).hexdigest()}  {path[1:]}\n" for path in listed).encode()
 
 
 def _write_triggers(tree: Tree, debs: list[Deb]) -> None:

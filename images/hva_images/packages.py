@@ -27,6 +27,7 @@ _STEPS = {
     "I: extracting archives": "unpacking packages",
 }
 _UNKNOWN = re.compile(r"E: (?:Unable to locate package (\S+)|Package '([^']+)' has no installation candidate)")
+_UNMET = re.compile(r" (\S+ : (?:Depends|Pre-?Depends|Conflicts|Breaks): .*)")
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ def _fetch(root: Path, names: list[str], sources: Sources, work: Path, progress:
     argv += [f"--setup-hook={merge}", "--skip=cleanup,chroot/mount,check/qemu", '--aptopt=Acquire::Retries "3"']
     argv += [f"--include={','.join(names)}", sources.suite, str(root), str(listing)]
     unknown: list[str] = []
+    unmet: list[str] = []
 
     def follow(line: str) -> None:
+        if match := _UNMET.fullmatch(line):
+            unmet.append(match[1])
         if match := _UNKNOWN.search(line):
             unknown.append(match[1] or match[2])
         for beginning, text in _STEPS.items():
@@ -98,4 +102,6 @@ def _fetch(root: Path, names: list[str], sources: Sources, work: Path, progress:
             raise ConfigError(
                 f"Debian {sources.suite} has no package {', '.join(sorted(set(unknown)))} for {ARCHITECTURE}"
             ) from error
+        if unmet:
+            raise ConfigError(f"packages do not go together with the others of the image: {unmet[0]}") from error
         raise

@@ -39,7 +39,7 @@ _HARMLESS_LINES = [
     for pattern in (
         r"set -[eux]+",
         r"exit 0|true|:|esac|;;",
-        r"dpkg-maintscript-helper (rm_conffile|mv_conffile|symlink_to_dir|dir_to_symlink)\b.*",
+        r"dpkg-maintscript-helper\s+(rm_conffile|mv_conffile|symlink_to_dir|dir_to_symlink)\b.*",
         r"""case "?\$\{?1\}?"? in""",
         r"""[("']?[a-z*|\s-]+["']?\)( *(:|true|exit 0)? *;;)?""",
         r"""echo ["'`].*(unknown|called with).*""",

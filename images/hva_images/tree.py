@@ -35,9 +35,10 @@ class Tree:
         #: What was said of a path, by its real path; whatever is missing here is root's, with the mode it has.
         self.attributes: dict[str, Attributes] = {}
 
-    def real(self, path: str) -> str:
-        """``path`` without links in its directories (``/bin/sh`` is ``/usr/bin/sh``); its last part is not followed.
+    def real(self, path: str, *, follow: bool = False) -> str:
+        """``path`` without links in its directories (``/bin/sh`` is ``/usr/bin/sh``).
 
+        :param follow: without a link as its last part, too.
         :raise ConfigError: its links lead in a circle.
         """
         done: list[str] = []
@@ -49,7 +50,7 @@ class Tree:
                 done = done[:-1]
                 continue
             here = self.root.joinpath(*done, part)
-            if todo and here.is_symlink():
+            if (todo or follow) and here.is_symlink():
                 links += 1
                 if links > _LINKS_MAX:
                     raise ConfigError(f"{path}: leads in a circle")
@@ -69,15 +70,19 @@ class Tree:
         return os.path.lexists(self.host(path))
 
     def read(self, path: str) -> bytes:
-        return self.host(path).read_bytes()
+        return self.host(self.real(path, follow=True)).read_bytes()
 
     def directory(self, path: str, mode: int = 0o755, gid: int = 0) -> None:
-        """Make directory ``path``, its parents with the usual mode."""
+        """Make directory ``path``, its parents with the usual mode.
+
+        :raise ConfigError: something else is there.
+        """
+        path = self.real(path, follow=True)
         where = self.host(path)
         if not where.is_dir():
-            parent = path.rstrip("/").rpartition("/")[0]
-            if parent:
-                self.directory(parent) if not self.host(parent).is_dir() else None
+            self._parent(path)
+            if os.path.lexists(where):
+                raise ConfigError(f"{path}: is not a directory in the image")
             where.mkdir(0o755)
         self._note(path, Attributes(mode, 0, gid))
 
@@ -148,14 +153,17 @@ class Tree:
 
         :raise ConfigError: there is a directory.
         """
-        parent = path.rpartition("/")[0]
-        if parent and not self.host(parent).is_dir():
-            self.directory(parent)
+        self._parent(path)
         where = self.host(path)
         if where.is_dir() and not where.is_symlink():
             raise ConfigError(f"{path}: is a directory in the image")
         where.unlink(missing_ok=True)
         return where
+
+    def _parent(self, path: str) -> None:
+        parent = self.real(path).rpartition("/")[0]
+        if parent and not self.host(parent).is_dir():
+            self.directory(parent)
 
     def _note(self, path: str, attributes: Attributes) -> None:
         self.attributes[self.real(path)] = attributes

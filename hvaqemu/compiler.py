@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvaqemu.errors import HostError
@@ -21,15 +21,20 @@ def _no_progress(_message: str) -> None:
     pass
 
 
-def ensure_library(source: Path, *, packages: str, progress: Callable[[str], None] = _no_progress) -> Path:
+def ensure_library(
+    source: Path, *, packages: str, flags: Sequence[str] = (), progress: Callable[[str], None] = _no_progress
+) -> Path:
     """The shared library compiled from one C file; compiled where the cache has none for this source and machine.
 
+    :param flags: for the compiler, beyond the project's own.
     :param packages: Debian packages the user must have to compile it, for the hint.
     :param progress: called with a line for the user when there is something to wait for.
     :raise HostError: no compiler, or no room.
     """
     text = source.read_bytes()
-    digest = hashlib.sha256(b"\0".join([text, platform.machine().encode(), " ".join(_FLAGS).encode()])).hexdigest()
+    digest = hashlib.sha256(
+        b"\0".join([text, platform.machine().encode(), " ".join([*_FLAGS, *flags]).encode()])
+    ).hexdigest()
     folder = cache_dir() / "native" / digest[:32]
     library = folder / f"lib{source.stem}.so"
     if library.exists():
@@ -39,7 +44,7 @@ def ensure_library(source: Path, *, packages: str, progress: Callable[[str], Non
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / library.name
-            _gcc([*_FLAGS, "-o", str(built), str(source)], packages)
+            _gcc([*_FLAGS, *flags, "-o", str(built), str(source)], packages)
             built.replace(library)
     except OSError as error:
         hint = "make room, or set HVAQEMU_CACHE_DIR to another place"

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from hva_host.agent import plan
-from hva_host.agent.records import VmFolder, VmRecord
+from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
@@ -104,7 +104,7 @@ def command_of(config: VmConfig, runtime: Path) -> list[str]:
     """
     image = plan.image_of(config, lambda _line: None)
     folder = runtime / "vms" / config.name
-    files = plan.launch_files(config, image, runtime=folder, disks=folder)
+    files = plan.launch_files(config, image, runtime=folder, disks=disks_of(config.name))
     return build_command(config.profile, config, files, LaunchSockets(qmp=3, agent=4))
 
 

@@ -36,6 +36,11 @@ class VmRecord(BaseModel):
     pager_pause_s: float = 0.0
 
 
+def disks_of(name: str) -> Path:
+    """Where a VM's own disks are; on a file system rather than in host memory."""
+    return state_dir() / "vms" / name
+
+
 class VmFolder:
     """One VM's runtime directory, owned by this process while open."""
 
@@ -61,8 +66,7 @@ class VmFolder:
 
     @property
     def disks(self) -> Path:
-        """Where the VM's own disks are; on a file system rather than in host memory."""
-        return state_dir() / "vms" / self.name
+        return disks_of(self.name)
 
     def load(self) -> VmRecord | None:
         """The VM that was started in here, if one was and its record is whole."""

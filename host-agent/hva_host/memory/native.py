@@ -55,7 +55,15 @@ def ensure_native() -> Path:
 
     :raise HostError: no compiler, or no room.
     """
-    return ensure_library(SOURCE, packages="gcc, libc6-dev and libxxhash-dev")
+    return ensure_library(SOURCE, packages="gcc, libc6-dev and libxxhash-dev", flags=_vector_flags())
+
+
+def _vector_flags() -> list[str]:
+    """XXH3 takes half the time with AVX2, which not every x86-64 has (proc_cpuinfo(5))."""
+    try:
+        return ["-mavx2"] if " avx2 " in Path("/proc/cpuinfo").read_text() else []
+    except OSError:
+        return []
 
 
 @cache

@@ -22,7 +22,7 @@ from hva_host.memory.userfaultfd import Fault, Fill, FillResult
 from hva_host.pager.fetch import Fetched, Fetcher
 from hva_host.pager.ram import PageBuffer, Ram
 from hva_host.pager.stalls import Stalls
-from hva_host.pager.streams import AROUND_MAX, Streams
+from hva_host.pager.streams import AROUND, AROUND_MAX, Streams
 from hvaqemu.errors import PeerLost
 from hvaqemu.pages import PAGE_SHIFT, Residence, Run
 
@@ -84,7 +84,7 @@ class Refaults:
             # Resident pages are passed over, and so are pages never touched: they are left to whoever touches them.
             discarded = np.flatnonzero(self._ram.ledger.entries[ahead.next : ahead.stop])
             start = ahead.next + int(discarded[0]) if len(discarded) else ahead.stop
-            filled = self.fill(start, min(AROUND_MAX, ahead.stop - start)) if start < ahead.stop else 0
+            filled = self.fill(start, min(AROUND, ahead.stop - start)) if start < ahead.stop else 0
             self._streams.filled(ahead, start + filled)
         return self._streams.reading_ahead
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 #: The longest window in pages (2 MiB): more than a reader gets through while the pager fills the next run.
 WINDOW_MAX = 512
-#: Pages filled before who waits is woken: for a reader we are ahead of, and for one that caught up with us and so
-#: spends more time being woken than reading.
-AROUND = 16
+#: Pages filled before who waits is woken, and at a time ahead of it: a reader takes longer to read so many than the
+#: pager to fill as many more. One that caught up all the same spends more time being woken than reading: it gets more.
+AROUND = 32
 AROUND_MAX = 64
 _FIRST = 1
 _STREAMS = 16

@@ -18,8 +18,8 @@ AROUND = 32
 AROUND_MAX = 64
 _FIRST = 1
 _STREAMS = 16
-#: A reader passes over so many resident pages, seen by nobody, and is still the same reader.
-_SLACK = 32
+#: A reader passes over up to so many resident pages, seen by nobody, and is still the same reader.
+_SLACK_SHIFT = 5
 _AHEAD = 4
 
 
@@ -28,6 +28,10 @@ class Window(NamedTuple):
 
     now: int
     pages: int
+
+
+_ONE_PAGE = Window(_FIRST, _FIRST)
+_NOBODY = (1 << 62, 0)
 
 
 @dataclass
@@ -43,7 +47,8 @@ class Streams:
     """The readers of one VM that were seen last."""
 
     def __init__(self) -> None:
-        self._expected: OrderedDict[int, int] = OrderedDict()
+        #: By pfn >> _SLACK_SHIFT: the pfn a reader is expected at, and its window.
+        self._expected: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._ahead: list[Ahead] = []
 
     @property
@@ -58,11 +63,13 @@ class Streams:
                 # The reader is faster than we are: go on from where it is.
                 self._ahead.remove(ahead)
                 return Window(min(ahead.window, AROUND_MAX), ahead.window)
-        for expected, pages in self._expected.items():
-            if expected <= pfn < expected + _SLACK:
-                del self._expected[expected]
+        near = pfn >> _SLACK_SHIFT
+        for key in (near, near - 1):
+            expected, pages = self._expected.get(key, _NOBODY)
+            if expected <= pfn <= expected + (1 << _SLACK_SHIFT):
+                del self._expected[key]
                 return Window(min(pages, AROUND), pages)
-        return Window(_FIRST, _FIRST)
+        return _ONE_PAGE
 
     def refaulted(self, pfn: int, filled: int, window: int) -> None:
         """A fault on ``pfn`` with this window was answered with ``filled`` pages."""
@@ -90,6 +97,6 @@ class Streams:
         self._expect(ahead.next, ahead.window)
 
     def _expect(self, pfn: int, window: int) -> None:
-        self._expected[pfn] = min(window * 2, WINDOW_MAX)
+        self._expected[pfn >> _SLACK_SHIFT] = (pfn, min(window * 2, WINDOW_MAX))
         if len(self._expected) > _STREAMS:
             self._expected.popitem(last=False)

@@ -28,6 +28,16 @@ static _Noreturn void fail(const char *what)
 	_exit(1);
 }
 
+static _Noreturn void fail_userfaultfd(void)
+{
+	const char *hint = "";
+
+	if (errno == EPERM || errno == EACCES)
+		hint = " (be root, or have /dev/userfaultfd made readable and writable for you; see 'hvaqemu doctor')";
+	dprintf(STDERR_FILENO, "hvaqemu shim: userfaultfd: %s%s\n", strerror(errno), hint);
+	_exit(1);
+}
+
 static int open_userfaultfd(void)
 {
 	/* Not UFFD_USER_MODE_ONLY: QEMU's own system calls on guest RAM must fault to the pager too. */
@@ -54,7 +64,7 @@ __attribute__((constructor)) static void hva_shim(void)
 	if (unsetenv("HVA_SHIM") != 0 || unsetenv("LD_PRELOAD") != 0)
 		fail("environment");
 	if (open_userfaultfd() < 0)
-		fail("userfaultfd");
+		fail_userfaultfd();
 	if (memfd_create("hva-ledger", MFD_CLOEXEC) < 0)
 		fail("memfd hva-ledger");
 	if (memfd_create("hva-store", MFD_CLOEXEC) < 0)

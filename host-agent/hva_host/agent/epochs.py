@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ _EPOCH_SECONDS = 3.0
 #: More for every million pages: two scans of the guest and the comparison of all its page cache.
 _EPOCH_SECONDS_PER_MILLION = 15.0
 _GRACE_SECONDS = 10.0
+_ABANDON_SECONDS = 2.0
 
 
 class EpochDriver:
@@ -36,16 +38,16 @@ class EpochDriver:
 
     def __init__(self, pages: int) -> None:
         self._pages = pages
-        self._protected: asyncio.Future[dict[str, Any]] | None = None
-        self._done: asyncio.Future[dict[str, Any]] | None = None
+        #: The newest event of each name, and that one came.
+        self._events: dict[str, dict[str, Any]] = {}
+        self._came = asyncio.Event()
         #: The guest's newest report; the pager proves everything, so an old one only costs time.
         self.report: ScanReport | None = None
 
     def on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         """To be called with every event of the VM's pager."""
-        waiting = {"protected": self._protected, "epoch-done": self._done}.get(name)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(data)
+        self._events[name] = data
+        self._came.set()
 
     async def run(
         self, guest: GuestLink, pager: PagerLink, states: Collection[ReclaimState], *, sift: bool
@@ -59,8 +61,7 @@ class EpochDriver:
         began = time.monotonic()
         await self._scan(guest)
         scanned = time.monotonic()
-        hello = guest.hello
-        if hello is not None and hello.checks_free_pages:
+        if not _may_lose_free_pages(guest):
             states = [state for state in states if state is not ReclaimState.UNUSED]
         classes = self.report.classes if self.report is not None else None
         wanted = members(classes, self._pages, states, sift=sift)
@@ -78,16 +79,25 @@ class EpochDriver:
         :param guest: who confirms UNUSED pages; None: nobody does.
         :raise HvaError: as :meth:`run`.
         """
-        loop = asyncio.get_running_loop()
-        self._protected, self._done = loop.create_future(), loop.create_future()
+        number = (await pager.call("begin-epoch", {"seconds": seconds}, wanted.tobytes()))["number"]
+        limit = seconds + _GRACE_SECONDS
         try:
-            await pager.call("begin-epoch", {"seconds": seconds}, wanted.tobytes())
-            protected = await race(_result(self._protected), seconds + _GRACE_SECONDS, "pager: protection", pager.lost)
+            protected = await race(self._event("protected", number), limit, "pager: protection", pager.lost)
             if protected["wants"] and guest is not None:
                 await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), seconds)
-            return await race(_result(self._done), seconds + _GRACE_SECONDS, "pager: end of epoch", pager.lost)
-        finally:
-            self._protected = self._done = None
+            return await race(self._event("epoch-done", number), limit, "pager: end of epoch", pager.lost)
+        except asyncio.CancelledError:
+            # Nobody is left to confirm or to be told: the pages need not stay protected until the deadline.
+            with suppress(HvaError):
+                await asyncio.shield(pager.call("abandon", timeout=_ABANDON_SECONDS))
+            raise
+
+    async def _event(self, name: str, number: int) -> dict[str, Any]:
+        """The event of this epoch; one of an earlier epoch, whose driver was cancelled, is not it."""
+        while self._events.get(name, {}).get("number") != number:
+            self._came.clear()
+            await self._came.wait()
+        return self._events.pop(name)
 
     async def _scan(self, guest: GuestLink) -> None:
         try:
@@ -99,6 +109,9 @@ class EpochDriver:
     async def _confirm(self, guest: GuestLink, pager: PagerLink, epoch: bytes, seconds: float) -> None:
         try:
             for number in range(1, CONFIRM_ROUNDS + 1):
+                # Asked each time: the agent that answers may be one that greeted us a moment ago.
+                if not _may_lose_free_pages(guest):
+                    return
                 free: NDArray[np.bool_] = await guest.confirm(epoch, number, seconds)
                 payload = np.packbits(free).tobytes()
                 await pager.call("confirm", {"epoch": epoch.hex(), "round": number}, payload)
@@ -110,8 +123,9 @@ class EpochDriver:
             return
 
 
-async def _result(future: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
-    return await asyncio.shield(future)
+def _may_lose_free_pages(guest: GuestLink) -> bool:
+    """Is it known of the guest that it never looks at the content of its free pages?"""
+    return guest.hello is not None and not guest.hello.checks_free_pages
 
 
 def _stats(done: dict[str, Any], *, scan: float, total: float) -> EpochStats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,20 +37,28 @@ class Fleet:
         self._embedded = embedded
         self._on_event = on_event
         self._vms: dict[str, Vm] = {}
-        self._starting: set[str] = set()
+        self._names: dict[str, asyncio.Lock] = {}
 
     async def start(self) -> None:
         """Adopt the VMs nobody owns; what is left of dead ones is deleted."""
         for name in records.names(self._runtime):
-            with suppress(ConfigError):
-                folder = VmFolder(self._runtime, name)
-                record = folder.load()
-                try:
-                    if record is None:
-                        raise PeerLost("half-started")
+            try:
+                await self._adopt(name)
+            except HvaError as error:
+                self._on_event("VM_NOT_ADOPTED", {"name": name, "error": str(error)})
+
+    async def _adopt(self, name: str) -> None:
+        folder = VmFolder(self._runtime, name)
+        try:
+            record = folder.load()
+            if record is not None:
+                with suppress(PeerLost):
                     self._vms[name] = await adopt_vm(folder, record, self._on_event)
-                except PeerLost:
-                    await end_orphan(folder)
+                    return
+            await end_orphan(folder)
+        except BaseException:
+            folder.release()
+            raise
 
     async def up(self, config: VmConfig, progress: Progress) -> Vm:
         """Start a VM and wait until its guest agent is connected.
@@ -58,25 +67,29 @@ class Fleet:
         :raise HvaError: what went wrong; nothing is left behind.
         """
         name = config.name
-        if (name in self._vms and self._vms[name].process.alive) or name in self._starting:
+        lock = self._names.setdefault(name, asyncio.Lock())
+        if lock.locked() or (name in self._vms and self._vms[name].process.alive):
             raise ConfigError(f"VM {name}: the name is taken", f"choose another, or 'hvaqemu down {name}' first")
-        if name in self._vms:
-            await self.down(name)
-        self._starting.add(name)
-        try:
-            folder = VmFolder(self._runtime, name)
-            record = folder.load()
-            if record is not None and await lives(record, folder):
-                folder.release()
-                raise ConfigError(f"VM {name}: the name is taken", f"choose another, or 'hvaqemu down {name}' first")
-            # Whoever ran a VM of this name before was killed before it could clean up.
-            await end_orphan(folder)
-            folder = VmFolder(self._runtime, name)
+        async with lock:
+            if name in self._vms:
+                await self._end(self._vms[name])
+            folder = await self._claim(name)
             vm = await start_vm(config, folder, progress, self._on_event, die_with_parent=self._embedded)
             self._vms[name] = vm
             return vm
-        finally:
-            self._starting.discard(name)
+
+    async def _claim(self, name: str) -> VmFolder:
+        """An empty folder for a new VM, without what a VM left whose host agent was killed."""
+        folder = VmFolder(self._runtime, name)
+        try:
+            record = folder.load()
+            if record is not None and await lives(record, folder):
+                raise ConfigError(f"VM {name}: the name is taken", f"choose another, or 'hvaqemu down {name}' first")
+            await end_orphan(folder)
+        except BaseException:
+            folder.release()
+            raise
+        return VmFolder(self._runtime, name)
 
     async def down(self, name: str) -> str:
         """End a VM and delete what it leaves; how it ended.
@@ -84,10 +97,15 @@ class Fleet:
         :raise ConfigError: no such VM.
         :raise DeadlineExceeded: QEMU can not be ended.
         """
-        vm = self.get(name)
+        self.get(name)
+        async with self._names.setdefault(name, asyncio.Lock()):
+            # Asked again: another request may have ended it while this one waited.
+            return await self._end(self.get(name))
+
+    async def _end(self, vm: Vm) -> str:
         how = await vm.stop(_DOWN)
         vm.folder.remove()
-        del self._vms[name]
+        del self._vms[vm.name]
         return how
 
     def get(self, name: str) -> Vm:

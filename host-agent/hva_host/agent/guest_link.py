@@ -9,8 +9,8 @@ asked of its predecessor fails at once. An agent that falls silent (or whose VM 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
+import logging
 import os
 import secrets
 import time
@@ -56,8 +56,10 @@ from hvaqemu.protocol import (
     decode,
     encode,
 )
+from hvaqemu.qemu.sockets import address_of
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 #: All we know how to use.
 FEATURES = Feature.EXEC | Feature.SWAPCACHE | Feature.PRESSURE
@@ -170,8 +172,9 @@ class GuestLink:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait({task})
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("the link to the guest agent at %s had ended", self._path, exc_info=error)
         self._fail_all(PeerLost("the link to the guest agent was closed"))
         self._enter(LinkState.CLOSED)
 
@@ -321,7 +324,8 @@ class GuestLink:
         while True:
             try:
                 async with asyncio.timeout(_RECONNECT_MAX):
-                    reader, writer = await asyncio.open_unix_connection(self._path, limit=_READ_BYTES)
+                    with address_of(Path(self._path)) as address:
+                        reader, writer = await asyncio.open_unix_connection(address, limit=_READ_BYTES)
             except (OSError, TimeoutError):
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, _RECONNECT_MAX)

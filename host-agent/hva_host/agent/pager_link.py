@@ -96,7 +96,8 @@ class PagerLink:
                     self._deliver(message)
         except (OSError, ProtocolError) as error:
             why = str(error)
-        self._end(why)
+        finally:
+            self._end(why)
 
     def _deliver(self, message: Message) -> None:
         if "event" in message:

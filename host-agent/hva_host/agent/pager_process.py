@@ -40,15 +40,30 @@ class PagerHandle:
         :param layers: image and index of each layer pages may be matched against.
         :raise LaunchError: it could not attach; carries its words.
         """
+        try:
+            self._spawn(qemu_pid)
+            await self._greet(_ATTACH_SECONDS)
+            for image, index in layers:
+                await self.link.call("add-layer", {"path": str(image), "index": str(index)})
+        except (HvaError, OSError) as error:
+            await self.link.close()
+            self.kill()
+            said = logs.one_line(logs.tail(self._runtime / PAGER_LOG), 1)
+            raise LaunchError(said or f"pager: {error}") from error
+        except BaseException:
+            self.kill()
+            raise
+
+    def _spawn(self, qemu_pid: int) -> None:
         ensure_native()
         path = self._runtime / PAGER_SOCKET
         path.unlink(missing_ok=True)
-        log = os.open(self._runtime / PAGER_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        log = os.open(self._runtime / PAGER_LOG, flags, 0o600)
         try:
             with sockets.listen(path) as listener:
                 fd = listener.fileno()
-                # Popen returns once the child runs; asyncio's would tie the child to this loop, and it outlives us.
-                self._child = subprocess.Popen(  # noqa: ASYNC220
+                self._child = subprocess.Popen(
                     [sys.executable, "-m", "hva_host.pager", "--pid", str(qemu_pid), "--listen", str(fd)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -59,15 +74,6 @@ class PagerHandle:
         finally:
             os.close(log)
         self.pid = self._child.pid
-        try:
-            await self._greet(_ATTACH_SECONDS)
-            for image, index in layers:
-                await self.link.call("add-layer", {"path": str(image), "index": str(index)})
-        except HvaError as error:
-            await self.link.close()
-            self.kill()
-            said = logs.one_line(logs.tail(self._runtime / PAGER_LOG), 1)
-            raise LaunchError(said or f"pager: {error}") from error
 
     async def adopt(self) -> None:
         """Connect to the pager that serves already.
@@ -79,8 +85,13 @@ class PagerHandle:
     async def _greet(self, timeout: float) -> None:
         self.link = PagerLink(self._on_event)
         until = time.monotonic() + timeout
-        await self.link.connect(self._runtime / PAGER_SOCKET, timeout)
-        hello = await self.link.call("hello", timeout=max(0.1, until - time.monotonic()))
+        try:
+            await self.link.connect(self._runtime / PAGER_SOCKET, timeout)
+            hello = await self.link.call("hello", timeout=max(0.1, until - time.monotonic()))
+        except BaseException:
+            # Closed is lost: whoever watches the link must not wait for one that never was.
+            await self.link.close()
+            raise
         self.pid = int(hello["pid"])
 
     def kill(self) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from hva_host.memory.index import StaleIndexError, build_index, fingerprint_file
 from hva_host.memory.layers import Layer
-from hva_images import GuestImage, ImageSpec, ensure_image
+from hva_images import GuestImage, ensure_image
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import HostError
-from hvaqemu.image_config import ImageConfig
 from hvaqemu.paths import cache_dir
 from hvaqemu.qemu.command import LaunchFiles
 from hvaqemu.qemu.disk import check_extra_disks
@@ -27,9 +26,7 @@ def image_of(config: VmConfig, progress: Progress) -> GuestImage:
 
     :raise HvaError: what is wrong with it.
     """
-    wanted = config.image
-    reference = ImageSpec.model_validate(wanted.model_dump()) if isinstance(wanted, ImageConfig) else wanted
-    return ensure_image(reference, base_dir=Path.cwd(), progress=progress)
+    return ensure_image(config.image, base_dir=Path.cwd(), progress=progress)
 
 
 def launch_files(config: VmConfig, image: GuestImage, *, runtime: Path, disks: Path) -> LaunchFiles:

@@ -1,7 +1,8 @@
 """What is kept of a running VM in its runtime directory, so that another host agent can take it over.
 
-``RUNTIME/vms/NAME/lock`` is held (a POSIX record lock, which goes with its process) by the one host agent that owns
-the VM; ``vm.json`` is replaced, never rewritten in place.
+``RUNTIME/locks/NAME`` is held (a POSIX record lock, which goes with its process) by the one host agent that owns the
+VM; lock files are never deleted, so that two who open one always mean the same file. ``RUNTIME/vms/NAME/vm.json`` is
+replaced, never rewritten in place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from hvaqemu.errors import ConfigError, HostError
 from hvaqemu.paths import state_dir
 
 _RECORD = "vm.json"
-_LOCK = "lock"
 
 
 class VmRecord(BaseModel):
@@ -51,29 +51,42 @@ class VmFolder:
         """
         self.name = name
         self.path = runtime / "vms" / name
+        locks = runtime / "locks"
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            locks.mkdir(mode=0o700, exist_ok=True)
+            self._lock = os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise HostError(f"{self.path}: {error.strerror}") from error
+            raise HostError(f"{locks / name}: {error.strerror}") from error
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
+            self.release()
             raise ConfigError(
                 f"VM {name}: the name is taken by a VM that another hvaqemu runs", "choose another name"
             ) from error
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            self.release()
+            raise HostError(f"{self.path}: {error.strerror}") from error
 
     @property
     def disks(self) -> Path:
         return disks_of(self.name)
 
     def load(self) -> VmRecord | None:
-        """The VM that was started in here, if one was and its record is whole."""
+        """The VM that was started in here, if one was.
+
+        :raise HostError: there is a record that this version can not read; its VM may well run.
+        """
+        path = self.path / _RECORD
         try:
-            return VmRecord.model_validate_json((self.path / _RECORD).read_bytes())
-        except (FileNotFoundError, ValidationError):
+            return VmRecord.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
             return None
+        except (OSError, ValidationError) as error:
+            hint = "end its QEMU with the hvaqemu that started it"
+            raise HostError(f"{path}: not a record of this version of hvaqemu", hint) from error
 
     def store(self, record: VmRecord) -> None:
         """Replace the record.
@@ -99,19 +112,18 @@ class VmFolder:
             raise HostError(f"{self.disks}: {error.strerror}") from error
 
     def remove(self) -> None:
-        """Delete the VM's files, disks included, and give the name free."""
+        """Delete the VM's files, disks included, and give the name free. Once only; later calls do nothing."""
+        if self._lock < 0:
+            return
         shutil.rmtree(self.disks, ignore_errors=True)
-        # The lock goes last, so that nobody takes a directory that is half gone.
-        for entry in self.path.iterdir():
-            if entry.name != _LOCK:
-                entry.unlink(missing_ok=True)
-        (self.path / _LOCK).unlink(missing_ok=True)
-        self.path.rmdir()
-        os.close(self._lock)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
 
     def release(self) -> None:
         """Give up ownership; the VM goes on."""
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
 
 def names(runtime: Path) -> list[str]:

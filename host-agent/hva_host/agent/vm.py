@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hva_host.agent import accounts
+from hva_host.agent import accounts, hazards
 from hva_host.agent.guest_link import GuestLink, LinkState
 from hva_host.agent.model import (
     EpochStats,
@@ -41,9 +41,10 @@ from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.scenario_config import ReclaimState
 
 _STATS_SECONDS = 2.0
+_RESUME_SECONDS = 10.0
 _RESTORE_SECONDS_PER_GIB = 60.0
 _PAGER_RETRY_SECONDS = 0.2
-_PAGER_TRIES = 10
+_PAGER_RETRY_MAX_SECONDS = 10.0
 _QMP_RETRY_SECONDS = 0.5
 #: How the kernel begins its last message (kernel/panic.c), and how far back on the console to look for it, in bytes.
 _PANIC = "Kernel panic - "
@@ -67,11 +68,13 @@ class Vm:
         self._listener = listener
         pages = record.config.memory >> PAGE_SHIFT
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
-        self.pager = PagerHandle(folder.path, lambda name, data: self.reclaimer.on_pager_event(name, data))
+        self.pager = PagerHandle(folder.path, self._on_pager_event)
         self.reclaimer = Reclaimer(pages, self.guest, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch)
         self._state = VmState.STARTING
         self._reason = ""
         self._tasks: list[asyncio.Task[None]] = []
+        self._hold_stop: asyncio.Task[None] | None = None
+        self._stopped_for_hold = False
         self._ending = False
 
     @property
@@ -270,7 +273,19 @@ class Vm:
 
         :raise HvaError: the pager went or was silent.
         """
-        return int((await call(self.pager, "resume"))["held"])
+        held = int((await call(self.pager, "resume"))["held"])
+        if held == 0 and self._state is VmState.HELD:
+            task, self._hold_stop = self._hold_stop, None
+            if task is not None:
+                # Its fault is answered now, so QEMU answers too; and it must not stop what we let go on.
+                await asyncio.wait({task}, timeout=_RESUME_SECONDS)
+                task.cancel()
+            # Only a pause of our own is undone.
+            if self._stopped_for_hold and self.qmp is not None:
+                self._stopped_for_hold = False
+                await self.qmp.cont()
+            self._enter(VmState.RUNNING)
+        return held
 
     async def execute(
         self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
@@ -300,11 +315,10 @@ class Vm:
     async def _refuse_when_unsafe(self) -> None:
         if self.qmp is None or not self.qmp.connected:
             raise PeerLost("QMP: not connected")
-        migration = await self.qmp.migration()
-        if migration.status in ("setup", "active", "postcopy-active", "postcopy-paused", "pre-switchover", "device"):
-            raise RefusedError(f"VM {self.name}: a migration is under way ({migration.status})", "wait for its end")
-        if await self.qmp.memory_devices():
-            raise RefusedError(f"VM {self.name}: has hot-plugged memory", "only the RAM it was started with is known")
+        try:
+            await hazards.refuse(self.qmp)
+        except RefusedError as error:
+            raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error
 
     async def _pager_status(self) -> dict[str, Any]:
         return await call(self.pager, "status")
@@ -313,10 +327,11 @@ class Vm:
         return sum(accounts.cached_bytes(image) for image, _ in self.record.layers)
 
     async def _let_go(self) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._hold_stop] if self._hold_stop else [])]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         await self.guest.close()
         await self.pager.close()
         if self.qmp is not None:
@@ -333,6 +348,27 @@ class Vm:
         self._enter(state, why)
         if not self.failure.done():
             self.failure.set_result(why)
+
+    def _on_pager_event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "held":
+            self._hold(data["held"])
+        else:
+            self.reclaimer.on_pager_event(name, data)
+
+    def _hold(self, held: list[dict[str, Any]]) -> None:
+        """Faults must not be answered: say so, and keep the other vCPUs from running on beside the one that waits."""
+        reason = "; ".join(f"{entry['layer']}: {entry['reason']}" for entry in held)
+        self._fail(VmState.HELD, reason)
+        self._listener("VM_HELD", {"name": self.name, "held": held})
+        if self._hold_stop is None:
+            self._hold_stop = asyncio.create_task(self._stop_for_hold(), name=f"{self.name}: stop for hold")
+
+    async def _stop_for_hold(self) -> None:
+        """QEMU may answer only once the fault is: nobody waits for this."""
+        with contextlib.suppress(HvaError):
+            if self.qmp is not None and (await self.qmp.status()).running:
+                self._stopped_for_hold = True
+                await self.qmp.pause()
 
     def _on_epoch(self, stats: EpochStats) -> None:
         self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})
@@ -351,7 +387,7 @@ class Vm:
         self._fail(VmState.GONE, why if self._state is not VmState.STOPPING else f"{self._reason}: {why}")
 
     async def _watch_pager(self) -> None:
-        tries = 0
+        pause = _PAGER_RETRY_SECONDS
         while self.process.alive:
             await asyncio.shield(self.pager.link.lost)
             if self._ending or not self.process.alive:
@@ -364,25 +400,26 @@ class Vm:
             self._listener("PAGER_LOST", {"name": self.name, "pid": self.pager.pid})
             try:
                 await self.new_pager()
-            except HvaError as error:
-                tries += 1
+            except (HvaError, OSError) as error:
+                # Never given up while QEMU lives: its vCPUs wait for a pager.
                 self._listener("PAGER_FAILED", {"name": self.name, "error": str(error)})
-                if tries >= _PAGER_TRIES:
-                    self._fail(VmState.HELD, f"no pager can be started: {error}")
-                    return
-                await asyncio.sleep(_PAGER_RETRY_SECONDS)
+                self._fail(VmState.HELD, f"no pager can be started: {error}")
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _PAGER_RETRY_MAX_SECONDS)
                 continue
-            tries = 0
-            pause = time.monotonic() - died
+            pause = _PAGER_RETRY_SECONDS
+            if self._state is VmState.HELD:
+                self._enter(VmState.RUNNING)
+            waited = time.monotonic() - died
             self.record = self.record.model_copy(
                 update={
                     "pager_restarts": self.record.pager_restarts + 1,
-                    "pager_pause_s": max(pause, self.record.pager_pause_s),
+                    "pager_pause_s": max(waited, self.record.pager_pause_s),
                 }
             )
             with contextlib.suppress(HvaError):
                 self.folder.store(self.record)
-            self._listener("PAGER_STARTED", {"name": self.name, "pid": self.pager.pid, "seconds": pause})
+            self._listener("PAGER_STARTED", {"name": self.name, "pid": self.pager.pid, "seconds": waited})
 
     async def new_pager(self) -> None:
         """Connect to the pager there is, or start one."""

@@ -15,6 +15,9 @@ from hva_host.memory.native import LayerTable, fingerprints
 from hvaqemu.errors import HostError
 from hvaqemu.pages import PAGE_SHIFT, PAGE_SIZE
 
+#: File systems that refuse RWF_NOWAIT and yet never wait.
+_IN_MEMORY = ("tmpfs", "ramfs")
+
 
 class LayerBetrayed(HostError):
     """A layer no longer holds the bytes it held when pages were discarded against it. They must not be served."""
@@ -46,7 +49,8 @@ class Layer:
         except BaseException:
             os.close(self.fd)
             raise
-        self._nowait = True
+        self._nowait = _can_refuse_to_wait(self.fd)
+        self._in_memory = _file_system(self.status.st_dev) in _IN_MEMORY
 
     @classmethod
     def recorded(cls, record: LayerRecord) -> Layer:
@@ -92,19 +96,17 @@ class Layer:
         :raise LayerBetrayed: the file is shorter than it was, or can not be read.
         """
         length, offset = count << PAGE_SHIFT, block << PAGE_SHIFT
+        if not wait and not self._nowait and not self._in_memory:
+            raise NotCached
         flags = os.RWF_NOWAIT if self._nowait and not wait else 0
         try:
             got = os.preadv(self.fd, [into[:length]], offset, flags)
         except BlockingIOError as error:
             raise NotCached from error
         except OSError as error:
-            if error.errno == errno.EOPNOTSUPP and flags:
-                # This file system can not say whether it would wait; then every read may.
-                self._nowait = False
-                return self.read(block, count, into, wait=wait)
             raise LayerBetrayed(f"layer {self.path}: {error.strerror} at block {block}") from error
         if got == length:
-            return None
+            return
         if flags:
             raise NotCached
         raise LayerBetrayed(f"layer {self.path}: ends inside block {block + (got >> PAGE_SHIFT)}")
@@ -117,3 +119,24 @@ class Layer:
             return int(found == self.index.fingerprints[block])
         wrong = np.flatnonzero(fingerprints(data, count, self.index.seed) != self.index.fingerprints[block:][:count])
         return int(wrong[0]) if len(wrong) else count
+
+
+def _can_refuse_to_wait(fd: int) -> bool:
+    """Can a read of this file fail instead of waiting for the disk (preadv2(2), RWF_NOWAIT)?"""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        return error.errno != errno.EOPNOTSUPP
+    return True
+
+
+def _file_system(device: int) -> str:
+    """The type of the file system mounted from a device number, "" if it is not known (proc_pid_mountinfo(5))."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(" - ")[1].split()[0] for line in lines if line.split()[2] == number), "")

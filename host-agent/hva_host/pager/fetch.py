@@ -50,9 +50,9 @@ class Fetcher:
         self._wanted.put((layer, block, run, entry))
 
     @property
-    def busy(self) -> bool:
-        """Is anything being fetched?"""
-        return bool(self._under_way)
+    def under_way(self) -> int:
+        """How many runs are being fetched."""
+        return len(self._under_way)
 
     def results(self) -> list[Fetched]:
         """What has come since the last call."""
@@ -77,11 +77,14 @@ class Fetcher:
     def _work(self) -> None:
         while (job := self._wanted.get()) is not None:
             layer, block, run, entry = job
-            data = memoryview(bytearray(run.pages << PAGE_SHIFT))
-            error = ""
+            data, error = memoryview(b""), ""
             try:
+                data = memoryview(bytearray(run.pages << PAGE_SHIFT))
                 layer.read(block, run.pages, data, wait=True)
             except LayerBetrayed as betrayal:
                 error = betrayal.message
+            except Exception as problem:
+                # Whatever it is, the thread must go on: no other brings blocks from the disk.
+                error = f"layer {layer.path}: {problem!r}"
             self._done.put(Fetched(str(layer.path), run, entry, data, error))
             os.eventfd_write(self.fd, 1)

@@ -36,6 +36,7 @@ _WAIT_SECONDS = 0.002
 _DISK_SECONDS = 0.005
 _IDLE_SECONDS = 30.0
 _HELD_SHOWN = 64
+_BATCHES = 16
 #: A poll that took longer than this was woken by what it found; a shorter one found it waiting.
 _WOKEN_SECONDS = 20e-6
 
@@ -65,6 +66,7 @@ class Pager:
             "add-layer": self._add_layer,
             "begin-epoch": self._begin_epoch,
             "confirm": self._confirm,
+            "abandon": self._abandon,
             "resume": self._resume,
             "status": self._status,
         }
@@ -95,6 +97,7 @@ class Pager:
             retry_at = self._refaults.retry(time.monotonic())
             self._reading_ahead = self._refaults.read_ahead()
             self._advance()
+            self._announce_held()
 
     def _timeout(self, now: float, retry_at: float | None) -> float:
         if self._reading_ahead:
@@ -107,7 +110,11 @@ class Pager:
         return max(0.0, until - now)
 
     def _answer_faults(self, ready_at: float) -> None:
-        while faults := self._ram.uffd.read():
+        # Bounded, so that a guest that faults without end does not keep epochs from their deadline.
+        for _ in range(_BATCHES):
+            faults = self._ram.uffd.read()
+            if not faults:
+                return
             self._refaults.answer(faults, ready_at)
             ready_at = time.monotonic()
 
@@ -165,6 +172,12 @@ class Pager:
             self._resume_at = 0.0
         return {"accepted": accepted}
 
+    def _abandon(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
+        if self._epoch is not None:
+            self._epoch.abandon("its host agent gave it up")
+            self._resume_at = 0.0
+        return {}
+
     def _begin_restore(self, client: Client, message: Message) -> None:
         self._refuse_when_busy()
         before = sum(self._ram.ledger.totals().values())
@@ -173,7 +186,7 @@ class Pager:
             left = sum(self._ram.ledger.totals().values())
             self._server.reply(client, {"id": message.get("id"), "return": {"pages": before - left, "left": left}})
 
-        self._start(restore(self._ram, self._refaults), done)
+        self._start(restore(self._ram, self._refaults, self._fetcher), done)
 
     def _resume(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
         for slot, record in self._ram.ledger.layers().items():
@@ -186,9 +199,6 @@ class Pager:
     def _status(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
         totals = self._ram.ledger.totals()
         counters = self._ram.ledger.counters
-        held: dict[tuple[str, str], list[int]] = {}
-        for pfn, (layer, reason) in self._refaults.held.items():
-            held.setdefault((layer, reason), []).append(pfn)
         return {
             "backing_bytes": self._ram.backing.used_bytes(),
             "zero_pages": totals[Residence.ZERO],
@@ -203,10 +213,7 @@ class Pager:
             "store_bytes": self._ram.store_bytes(),
             "stalls": self._refaults.stalls.as_dict(),
             "phase": self._epoch.phase if self._epoch else Phase.DONE,
-            "held": [
-                {"layer": layer, "reason": reason, "pages": sorted(pages)[:_HELD_SHOWN]}
-                for (layer, reason), pages in held.items()
-            ],
+            "held": self._held(),
         }
 
     def _refuse_when_busy(self) -> None:
@@ -236,6 +243,20 @@ class Pager:
             self._announced = True
             data = {"epoch": epoch.identifier.hex(), "number": epoch.number, "wants": epoch.wants_confirmation()}
             self._server.broadcast({"event": "protected", "data": data})
+
+    def _announce_held(self) -> None:
+        if self._refaults.newly_held:
+            self._refaults.newly_held = False
+            self._server.broadcast({"event": "held", "data": {"held": self._held()}})
+
+    def _held(self) -> list[dict[str, Any]]:
+        grouped: dict[tuple[str, str], list[int]] = {}
+        for pfn, (layer, reason) in self._refaults.held.items():
+            grouped.setdefault((layer, reason), []).append(pfn)
+        return [
+            {"layer": layer, "reason": reason, "pages": sorted(pages)[:_HELD_SHOWN]}
+            for (layer, reason), pages in list(grouped.items())[:_HELD_SHOWN]
+        ]
 
     def _epoch_done(self, epoch: Epoch) -> None:
         self._epoch = None

@@ -10,12 +10,13 @@ bounds what the other sends.
 | ``add-layer`` | path, index | | slot |
 | ``begin-epoch`` | seconds | a byte a page (:class:`hva_host.pager.epoch.Member`) | number |
 | ``confirm`` | epoch (hex), round | a bit a page, first page in the highest bit | accepted |
+| ``abandon`` | | | |
 | ``restore`` | | | once every page with an entry is resident: pages |
 | ``resume`` | | | held |
 | ``status`` | | | what the pager knows |
 
 Events: ``protected`` (epoch, number, wants) once the pages are protected; ``epoch-done`` with what the epoch did;
-a fault that must not be answered shows in ``status``.
+``held`` when a fault must not be answered.
 """
 
 from __future__ import annotations

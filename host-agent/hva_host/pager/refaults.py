@@ -52,6 +52,8 @@ class Refaults:
         self._retry: dict[int, float] = {}
         self._steps = np.arange(AROUND_MAX, dtype=np.uint64)
         self.held: dict[int, Held] = {}
+        #: A page was held since somebody last cleared this.
+        self.newly_held = False
         self.stalls = Stalls()
 
     def answer(self, faults: list[Fault], ready_at: float) -> None:
@@ -121,6 +123,9 @@ class Refaults:
             # Somebody was faster with the first page, the one that is waited for; it may wait for another reason now.
             self._waiting.pop(run.start, None)
             self._ram.wake(Run(run.start, 1))
+        elif result.error and run.pages > 1:
+            # A neighbour's block may be the one that can not be read.
+            self.fill(run.start, 1)
         elif result.error:
             self._hold(Run(run.start, 1), result.layer, result.error)
         else:
@@ -210,6 +215,9 @@ class Refaults:
     def _filled(self, run: Run, result: FillResult) -> int:
         ram = self._ram
         count = result.filled >> PAGE_SHIFT
+        if self.held:
+            for pfn in [pfn for pfn in self.held if run.start <= pfn < run.start + max(count, 1)]:
+                del self.held[pfn]
         if count:
             ram.ledger.count(Counter.REFAULT_PAGES, ram.ledger.erase(run.start, count))
         elif result.outcome is Fill.PRESENT:
@@ -237,4 +245,5 @@ class Refaults:
 
     def _hold(self, run: Run, layer: str, reason: str) -> None:
         for pfn in range(run.start, run.stop):
+            self.newly_held |= pfn not in self.held
             self.held[pfn] = Held(layer, reason)

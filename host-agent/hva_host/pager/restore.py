@@ -7,38 +7,38 @@ from collections.abc import Iterator
 import numpy as np
 
 from hva_host.pager.epoch import Step
+from hva_host.pager.fetch import Fetcher
 from hva_host.pager.ram import Ram
 from hva_host.pager.refaults import Refaults
 from hva_host.pager.streams import AROUND_MAX
 
 _SLICE_RUNS = 16
-#: Sweeps without progress before pages that only wait (for the disk, for memory) are left to their faults.
-_IDLE_SWEEPS = 200
+#: Blocks of the disk asked for at a time, so that a fault's own is never far behind.
+_FETCHES = 2
+#: Waits of :data:`Step.DISK` without progress before pages that only wait are left to their faults: about a minute.
+_PATIENCE = 12_000
 
 
-def restore(ram: Ram, refaults: Refaults) -> Iterator[Step]:
+def restore(ram: Ram, refaults: Refaults, fetcher: Fetcher) -> Iterator[Step]:
     """Fill every page that has a ledger entry; iterate until it ends. Held pages stay held.
 
     :raise PeerLost: QEMU is gone.
     """
-    idle = 0
-    while idle < _IDLE_SWEEPS:
+    patience, left = _PATIENCE, sum(ram.ledger.totals().values())
+    while patience and left:
         pfns = np.flatnonzero(ram.ledger.entries)
         pfns = pfns[~np.isin(pfns, list(refaults.held))]
         if not len(pfns):
             return
-        filled = 0
-        runs = 0
         position = -1
-        for pfn in pfns.tolist():
-            if pfn < position or not ram.ledger.entries[pfn]:
-                continue
-            count = refaults.fill(pfn, AROUND_MAX)
-            filled += count
-            position = pfn + max(count, 1)
-            runs += 1
+        for runs, pfn in enumerate(pfns.tolist()):
+            while fetcher.under_way >= _FETCHES:
+                yield Step.DISK
+            if pfn >= position and ram.ledger.words[pfn]:
+                # What is being fetched instead is passed over: it is asked for once a sweep.
+                position = pfn + (refaults.fill(pfn, AROUND_MAX) or AROUND_MAX)
             if runs % _SLICE_RUNS == 0:
                 yield Step.WORK
-        idle = 0 if filled else idle + 1
-        if not filled:
-            yield Step.DISK
+        before, left = left, sum(ram.ledger.totals().values())
+        patience = _PATIENCE if left < before else patience - 1
+        yield Step.DISK

@@ -49,7 +49,7 @@ def main() -> None:
     show(
         "refault",
         [
-            Figure("single refault, pager's own time, median / bare UFFDIO_COPY of one page", own / unwoken, "<= 5", "1",
+            Figure("single refault, own time of the pager, median / bare UFFDIO_COPY", own / unwoken, "<= 5", "1",
                    f"{own:.1f} µs / {unwoken:.1f} µs, nobody to wake in either"),
             Figure("the same with a vCPU that waits and is woken by it", single / bare, "", "1",
                    f"{single:.1f} µs / {bare:.1f} µs"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import time
 from pathlib import Path
+
+import numpy as np
 
 _SYS_CACHESTAT = 451
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
@@ -49,9 +52,9 @@ def available() -> int:
 
 
 def cached_bytes(path: Path) -> int:
-    """How much of a file the host's page cache holds, in bytes; 0 where the kernel can not tell (cachestat(2), 6.5).
+    """How much of a file the host's page cache holds, in bytes; 0 if it can not be opened.
 
-    Takes milliseconds for a file of a GiB.
+    By cachestat(2), before Linux 6.5 by mincore(2). Takes milliseconds for a file of a GiB.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -59,8 +62,38 @@ def cached_bytes(path: Path) -> int:
         return 0
     try:
         everything, answer = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
-        if ctypes.CDLL(None).syscall(_SYS_CACHESTAT, fd, everything, answer, 0) != 0:
-            return 0
-        return int(answer[0]) * _PAGE_BYTES
+        if ctypes.CDLL(None).syscall(_SYS_CACHESTAT, fd, everything, answer, 0) == 0:
+            return int(answer[0]) * _PAGE_BYTES
+        return _in_core(fd) * _PAGE_BYTES
     finally:
         os.close(fd)
+
+
+def _in_core(fd: int) -> int:
+    """Pages of a file in the page cache, by mincore(2): asking touches none of them."""
+    size = os.fstat(fd).st_size
+    if not size:
+        return 0
+    pages = -(-size // _PAGE_BYTES)
+    found = np.zeros(pages, dtype=np.uint8)
+    with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapping:
+        view = np.frombuffer(mapping, np.uint8)
+        address = ctypes.c_void_p(view.ctypes.data)
+        del view
+        done = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(size), ctypes.c_void_p(found.ctypes.data))
+    return int(np.count_nonzero(found & 1)) if done == 0 else 0
+
+
+def writers(log: Path) -> list[tuple[int, int]]:
+    """Pid and start time (clock ticks after boot) of the processes whose standard output is ``log``, as QEMU's is."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if (folder / "fd/1").readlink() == log:
+                fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                found.append((int(folder.name), int(fields[19])))
+        except OSError:
+            continue
+    return found

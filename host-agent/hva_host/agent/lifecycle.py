@@ -6,7 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from hva_host.agent import plan
+from hva_host.agent import accounts, plan
 from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
@@ -88,10 +88,10 @@ async def adopt_vm(folder: VmFolder, record: VmRecord, listener: Listener) -> Vm
 
 async def end_orphan(folder: VmFolder) -> None:
     """Make sure no QEMU of a half-started VM is left, then delete its files."""
-    record = folder.load()
-    if record is not None:
+    # By its log rather than by the record: a host agent may have died between starting QEMU and writing that down.
+    for pid, start_time in accounts.writers(folder.path / QEMU_LOG):
         with suppress(PeerLost):
-            process = QemuProcess.adopt(record.qemu_pid, record.qemu_start_time, folder.path / QEMU_LOG)
+            process = QemuProcess.adopt(pid, start_time, folder.path / QEMU_LOG)
             await process.stop(None, _KILL)
             process.close()
     folder.remove()

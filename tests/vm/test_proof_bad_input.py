@@ -195,6 +195,7 @@ def test_runtime_directory_too_deep_for_sockets(host: Host) -> None:
 
 
 def test_name_taken_by_another_process(host: Host) -> None:
+    (host.folder / "r").mkdir(mode=0o700)
     folder = VmFolder(host.folder / "r", "bad")
     try:
         assert host.fails("run", host.scenario()).startswith("VM bad: the name is taken")

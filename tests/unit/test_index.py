@@ -12,6 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hva_host.agent.accounts import cached_bytes
 from hva_host.memory.index import LayerIndex, StaleIndexError, build_index
 from hva_host.memory.layers import Layer
 from hva_host.memory.native import LayerTable, equal_pages, fingerprints, lookup, zero_pages
@@ -58,6 +59,24 @@ def test_a_run_is_found_as_a_run_where_blocks_repeat(tmp_path: Path) -> None:
     image, path = make(tmp_path, [1, 7, 2, 3, 7, 4])
     index = LayerIndex(path, image.stat())
     assert lookup(table(index), prints(index, [3, 7, 4])).tolist() == [3, 4, 5]
+
+
+def test_holes_are_zeros_and_are_not_read(tmp_path: Path) -> None:
+    image, path = tmp_path / "sparse.raw", tmp_path / "sparse.idx"
+    with image.open("wb") as file:
+        for block, seed in ((0, 1), (2000, 2), (2001, 3)):
+            file.seek(block * PAGE_SIZE)
+            file.write(page(seed))
+        file.truncate(4000 * PAGE_SIZE)
+    os.sync()
+    fd = os.open(image, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    build_index(image, path)
+    index = LayerIndex(path, image.stat())
+    assert lookup(table(index), prints(index, [1, 2, 3])).tolist() == [0, 2000, 2001]
+    assert (index.fingerprints == prints(index, [0])[0]).sum() == 3997
+    assert cached_bytes(image) < 1000 * PAGE_SIZE
 
 
 def test_native_functions_agree_with_the_library(tmp_path: Path) -> None:

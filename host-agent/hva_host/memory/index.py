@@ -10,6 +10,7 @@ fingerprints of non-zero blocks in ascending order (uint64) and the block of eac
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
@@ -99,10 +100,10 @@ def build_index(layer: Path, path: Path, progress: Callable[[int, int], None] | 
             if not status.st_size or status.st_size % PAGE_SIZE:
                 raise HostError(f"{layer}: size {status.st_size} is not a multiple of {PAGE_SIZE}; not a disk image")
             seed = secrets.randbits(64)
-            by_block = _fingerprint_all(file.fileno(), status.st_size, seed, progress)
+            zero = fingerprints(memoryview(bytes(PAGE_SIZE)), 1, seed)[0]
+            by_block = _fingerprint_all(file.fileno(), status.st_size, seed, zero, progress)
     except OSError as error:
         raise HostError(f"{layer}: {error.strerror}") from error
-    zero = fingerprints(memoryview(bytes(PAGE_SIZE)), 1, seed)[0]
     distinct, first = np.unique(by_block, return_index=True)
     wanted = distinct != zero
     distinct, first = distinct[wanted], first[wanted].astype(np.uint32)
@@ -124,12 +125,16 @@ def build_index(layer: Path, path: Path, progress: Callable[[int, int], None] | 
         raise HostError(f"{path}: {error.strerror}", "make room for the index") from error
 
 
-def _fingerprint_all(fd: int, size: int, seed: int, progress: Callable[[int, int], None] | None) -> NDArray[np.uint64]:
-    result = np.empty(size // PAGE_SIZE, dtype=np.uint64)
+def _fingerprint_all(
+    fd: int, size: int, seed: int, zero: np.uint64, progress: Callable[[int, int], None] | None
+) -> NDArray[np.uint64]:
+    """The fingerprint of every block; holes are not read, so they take no room in the host's page cache."""
+    result = np.full(size // PAGE_SIZE, zero, dtype=np.uint64)
     buffer = memoryview(bytearray(_CHUNK))
     position = 0
-    while position < size:
-        count = os.preadv(fd, [buffer[: min(_CHUNK, size - position)]], position)
+    while (position := _next_data(fd, position, size)) < size:
+        end = min(position + _CHUNK, -(-os.lseek(fd, position, os.SEEK_HOLE) // PAGE_SIZE) * PAGE_SIZE, size)
+        count = os.preadv(fd, [buffer[: end - position]], position)
         if count <= 0 or count % PAGE_SIZE:
             raise HostError("the file became shorter while it was indexed")
         pages = count // PAGE_SIZE
@@ -139,3 +144,13 @@ def _fingerprint_all(fd: int, size: int, seed: int, progress: Callable[[int, int
         if progress is not None:
             progress(position, size)
     return result
+
+
+def _next_data(fd: int, position: int, size: int) -> int:
+    """Where data begins at or after ``position``, rounded down to a block; ``size`` if there is none (lseek(2))."""
+    try:
+        return max(position, os.lseek(fd, position, os.SEEK_DATA) // PAGE_SIZE * PAGE_SIZE)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size
+        raise

@@ -107,7 +107,7 @@ def _lines(report: ScenarioReport) -> Iterator[Text]:
     stalls = report.stalls
     if stalls.count:
         yield Text(
-            f"vCPUs waited {format_duration(stalls.sum_s)} in all for {stalls.count:,} refaults: median "
+            f"vCPUs waited {format_duration(stalls.sum_s)} in all, {stalls.count:,} times: median "
             f"{format_duration(stalls.median_s)}, p99 {format_duration(stalls.p99_s)}, longest "
             f"{format_duration(stalls.longest_s)}"
         )

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from hva_host.agent import accounts, plan
+from hva_host.agent.pager_keeper import connect_or_start
 from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
@@ -77,7 +78,7 @@ async def adopt_vm(folder: VmFolder, record: VmRecord, listener: Listener) -> Vm
     events.vm = vm
     vm.qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)
     with suppress(HvaError):
-        await vm.new_pager()
+        await connect_or_start(vm.pager, process, record.layers)
     # A QEMU whose main loop waits for a fault answers no QMP; the supervisor tries again.
     with suppress(HvaError):
         await vm.qmp.connect(2.0)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hva_host.agent import accounts, hazards
 from hva_host.agent.guest_link import GuestLink, LinkState
+from hva_host.agent.hold import Hold
 from hva_host.agent.model import (
     EpochStats,
     ExecResult,
@@ -27,11 +27,12 @@ from hva_host.agent.model import (
     VmState,
     VmStatus,
 )
+from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost, RefusedError
+from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu import logs
 from hvaqemu.qemu.events import GuestPanicked, QmpEvent, Reset, Resume, Shutdown, Stop
@@ -41,10 +42,7 @@ from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.scenario_config import ReclaimState
 
 _STATS_SECONDS = 2.0
-_RESUME_SECONDS = 10.0
 _RESTORE_SECONDS_PER_GIB = 60.0
-_PAGER_RETRY_SECONDS = 0.2
-_PAGER_RETRY_MAX_SECONDS = 10.0
 _QMP_RETRY_SECONDS = 0.5
 #: How the kernel begins its last message (kernel/panic.c), and how far back on the console to look for it, in bytes.
 _PANIC = "Kernel panic - "
@@ -73,8 +71,7 @@ class Vm:
         self._state = VmState.STARTING
         self._reason = ""
         self._tasks: list[asyncio.Task[None]] = []
-        self._hold_stop: asyncio.Task[None] | None = None
-        self._stopped_for_hold = False
+        self._hold = Hold()
         self._ending = False
 
     @property
@@ -101,7 +98,9 @@ class Vm:
         self.guest.start()
         self._tasks = [
             asyncio.create_task(self._watch_qemu(), name=f"{self.name}: QEMU"),
-            asyncio.create_task(self._watch_pager(), name=f"{self.name}: pager"),
+            asyncio.create_task(
+                keep_pager(self.pager, self.process, self.record.layers, self), name=f"{self.name}: pager"
+            ),
             asyncio.create_task(self._watch_qmp(), name=f"{self.name}: QMP"),
         ]
 
@@ -275,15 +274,7 @@ class Vm:
         """
         held = int((await call(self.pager, "resume"))["held"])
         if held == 0 and self._state is VmState.HELD:
-            task, self._hold_stop = self._hold_stop, None
-            if task is not None:
-                # Its fault is answered now, so QEMU answers too; and it must not stop what we let go on.
-                await asyncio.wait({task}, timeout=_RESUME_SECONDS)
-                task.cancel()
-            # Only a pause of our own is undone.
-            if self._stopped_for_hold and self.qmp is not None:
-                self._stopped_for_hold = False
-                await self.qmp.cont()
+            await self._hold.end(self.qmp)
             self._enter(VmState.RUNNING)
         return held
 
@@ -327,11 +318,11 @@ class Vm:
         return sum(accounts.cached_bytes(image) for image, _ in self.record.layers)
 
     async def _let_go(self) -> None:
-        tasks = [*self._tasks, *([self._hold_stop] if self._hold_stop else [])]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._hold.cancel()
         await self.guest.close()
         await self.pager.close()
         if self.qmp is not None:
@@ -351,24 +342,15 @@ class Vm:
 
     def _on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         if name == "held":
-            self._hold(data["held"])
+            self._pages_held(data["held"])
         else:
             self.reclaimer.on_pager_event(name, data)
 
-    def _hold(self, held: list[dict[str, Any]]) -> None:
+    def _pages_held(self, held: list[dict[str, Any]]) -> None:
         """Faults must not be answered: say so, and keep the other vCPUs from running on beside the one that waits."""
-        reason = "; ".join(f"{entry['layer']}: {entry['reason']}" for entry in held)
-        self._fail(VmState.HELD, reason)
+        self._fail(VmState.HELD, "; ".join(f"{entry['layer']}: {entry['reason']}" for entry in held))
         self._listener("VM_HELD", {"name": self.name, "held": held})
-        if self._hold_stop is None:
-            self._hold_stop = asyncio.create_task(self._stop_for_hold(), name=f"{self.name}: stop for hold")
-
-    async def _stop_for_hold(self) -> None:
-        """QEMU may answer only once the fault is: nobody waits for this."""
-        with contextlib.suppress(HvaError):
-            if self.qmp is not None and (await self.qmp.status()).running:
-                self._stopped_for_hold = True
-                await self.qmp.pause()
+        self._hold.begin(self.qmp)
 
     def _on_epoch(self, stats: EpochStats) -> None:
         self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})
@@ -386,47 +368,26 @@ class Vm:
         why = await self.wait_gone()
         self._fail(VmState.GONE, why if self._state is not VmState.STOPPING else f"{self._reason}: {why}")
 
-    async def _watch_pager(self) -> None:
-        pause = _PAGER_RETRY_SECONDS
-        while self.process.alive:
-            await asyncio.shield(self.pager.link.lost)
-            if self._ending or not self.process.alive:
-                return
-            died = time.monotonic()
-            # QEMU's end takes its pager with it, and is seen a moment later.
-            with contextlib.suppress(DeadlineExceeded):
-                await self.process.wait(0.01)
-                return
-            self._listener("PAGER_LOST", {"name": self.name, "pid": self.pager.pid})
-            try:
-                await self.new_pager()
-            except (HvaError, OSError) as error:
-                # Never given up while QEMU lives: its vCPUs wait for a pager.
-                self._listener("PAGER_FAILED", {"name": self.name, "error": str(error)})
-                self._fail(VmState.HELD, f"no pager can be started: {error}")
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _PAGER_RETRY_MAX_SECONDS)
-                continue
-            pause = _PAGER_RETRY_SECONDS
-            if self._state is VmState.HELD:
-                self._enter(VmState.RUNNING)
-            waited = time.monotonic() - died
-            self.record = self.record.model_copy(
-                update={
-                    "pager_restarts": self.record.pager_restarts + 1,
-                    "pager_pause_s": max(waited, self.record.pager_pause_s),
-                }
-            )
-            with contextlib.suppress(HvaError):
-                self.folder.store(self.record)
-            self._listener("PAGER_STARTED", {"name": self.name, "pid": self.pager.pid, "seconds": waited})
+    # What becomes of the pager (:class:`PagerWatcher`)
 
-    async def new_pager(self) -> None:
-        """Connect to the pager there is, or start one."""
-        try:
-            await self.pager.adopt()
-        except HvaError:
-            await self.pager.start(self.process.pid, self.record.layers)
+    def pager_lost(self) -> None:
+        self._listener("PAGER_LOST", {"name": self.name, "pid": self.pager.pid})
+
+    def pager_failed(self, error: Exception) -> None:
+        self._listener("PAGER_FAILED", {"name": self.name, "error": str(error)})
+        self._fail(VmState.HELD, f"no pager can be started: {error}")
+
+    def pager_back(self, seconds: float) -> None:
+        if self._state is VmState.HELD and not self._hold.active:
+            self._enter(VmState.RUNNING)
+        counted = {
+            "pager_restarts": self.record.pager_restarts + 1,
+            "pager_pause_s": max(seconds, self.record.pager_pause_s),
+        }
+        self.record = self.record.model_copy(update=counted)
+        with contextlib.suppress(HvaError):
+            self.folder.store(self.record)
+        self._listener("PAGER_STARTED", {"name": self.name, "pid": self.pager.pid, "seconds": seconds})
 
     async def _watch_qmp(self) -> None:
         while self.process.alive and not self._ending and self.qmp is not None:

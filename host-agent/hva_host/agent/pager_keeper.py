@@ -1,0 +1,70 @@
+"""Sees to it that a living QEMU has a pager: a dead one is replaced, as often and as long as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from hva_host.agent.pager_process import PagerHandle
+from hvaqemu.errors import DeadlineExceeded, HvaError
+from hvaqemu.qemu.process import QemuProcess
+
+_RETRY_SECONDS = 0.2
+_RETRY_MAX_SECONDS = 10.0
+#: QEMU's end takes its pager with it, and may be seen a moment later.
+_QEMU_ENDS_SECONDS = 0.01
+
+
+class PagerWatcher(Protocol):
+    """Who is told what becomes of a VM's pager."""
+
+    def pager_lost(self) -> None:
+        """It died; faults go unanswered."""
+
+    def pager_failed(self, error: Exception) -> None:
+        """No other could be started yet; it is tried again."""
+
+    def pager_back(self, seconds: float) -> None:
+        """Another serves, after faults went unanswered for so long."""
+
+
+async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Sequence[tuple[Path, Path]]) -> None:
+    """Connect to the pager there is, or start one.
+
+    :raise HvaError: none could be started.
+    :raise OSError: the host lacks something for it.
+    """
+    try:
+        await pager.adopt()
+    except HvaError:
+        await pager.start(process.pid, layers)
+
+
+async def keep_pager(
+    pager: PagerHandle, process: QemuProcess, layers: Sequence[tuple[Path, Path]], watcher: PagerWatcher
+) -> None:
+    """Replace the pager whenever it dies, until QEMU ends or the caller cancels this."""
+    pause = _RETRY_SECONDS
+    died: float | None = None
+    while process.alive:
+        await asyncio.shield(pager.link.lost)
+        if died is None:
+            with contextlib.suppress(DeadlineExceeded):
+                await process.wait(_QEMU_ENDS_SECONDS)
+                return
+            died = time.monotonic()
+            watcher.pager_lost()
+        try:
+            await connect_or_start(pager, process, layers)
+        except (HvaError, OSError) as error:
+            # Never given up while QEMU lives: its vCPUs wait for a pager.
+            watcher.pager_failed(error)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _RETRY_MAX_SECONDS)
+            continue
+        watcher.pager_back(time.monotonic() - died)
+        pause, died = _RETRY_SECONDS, None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hva_host.agent import accounts, hazards
+from hva_host.agent.console_log import keep_bounded
 from hva_host.agent.guest_link import GuestLink, LinkState
 from hva_host.agent.hold import Hold
 from hva_host.agent.model import (
@@ -102,6 +103,7 @@ class Vm:
                 keep_pager(self.pager, self.process, self.record.layers, self), name=f"{self.name}: pager"
             ),
             asyncio.create_task(self._watch_qmp(), name=f"{self.name}: QMP"),
+            asyncio.create_task(keep_bounded(self.console_log), name=f"{self.name}: console log"),
         ]
 
     def on_qmp_event(self, event: QmpEvent) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -69,6 +70,9 @@ async def _show(client: ControlClient, name: str, follow: bool) -> None:
 
 
 def _copy(file: BinaryIO, text: Plain | None) -> None:
+    if file.tell() > os.fstat(file.fileno()).st_size:
+        # The host agent cut the log, so that a guest can not fill the host with it.
+        file.seek(0)
     while data := file.read(_CHUNK):
         if text is not None:
             sys.stdout.write(text.feed(data))

@@ -1,0 +1,39 @@
+"""A guest may print on its console for ever; its log on the host, often host memory, stays bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from pathlib import Path
+
+LOG_MAX = 4 << 20
+_KEPT = 1 << 20
+_LOOK_SECONDS = 2.0
+
+
+def trim(path: Path) -> bool:
+    """Cut a log that grew beyond :data:`LOG_MAX` bytes down to its last MiB; was it?
+
+    QEMU appends (O_APPEND), so it goes on at the new end; what it writes while this runs may be lost.
+
+    :raise OSError: the log can not be read or written.
+    """
+    with path.open("r+b", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size <= LOG_MAX:
+            return False
+        file.seek(-_KEPT, os.SEEK_END)
+        tail = file.read(_KEPT)
+        file.truncate(0)
+        file.seek(0)
+        file.write(b"[earlier lines were dropped]\n" + tail.partition(b"\n")[2])
+        return True
+
+
+async def keep_bounded(path: Path) -> None:
+    """Look at a log every few seconds until cancelled."""
+    while True:
+        # Not there yet, or no room: it is looked at again.
+        with suppress(OSError):
+            trim(path)
+        await asyncio.sleep(_LOOK_SECONDS)

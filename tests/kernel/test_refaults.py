@@ -90,6 +90,27 @@ def test_a_run_ends_before_a_changed_block(guest: Guest, tmp_path: Path) -> None
     assert list(guest.refaults.held) == [4]
 
 
+def test_reading_ahead_into_a_changed_block_holds_nobody(tmp_path: Path) -> None:
+    with Guest(256) as guest:
+        blocks = discard_layer(guest, tmp_path, 256)
+        with (tmp_path / "golden.raw").open("r+b") as file:
+            file.seek(128 * PAGE)
+            file.write(block(9999))
+        # Windows of 1, 2, 4, 8, 16 and 32 end before page 63, and the one from there on reaches over page 128 or to it.
+        for pfn in range(127):
+            assert guest.checksum(pfn) == crc(blocks[pfn])
+        for _ in range(20):
+            guest.refaults.read_ahead()
+        assert not guest.refaults.held
+        assert guest.checksum(127) == crc(blocks[127])
+        guest.refaults.read_ahead()
+        assert not guest.refaults.held
+        guest.send("r 128")
+        assert not guest.answered(0.05)
+        guest.serve()
+        assert list(guest.refaults.held) == [128]
+
+
 def test_a_truncated_layer_is_held(guest: Guest, tmp_path: Path) -> None:
     discard_layer(guest, tmp_path)
     os.truncate(tmp_path / "golden.raw", 4 * PAGE)

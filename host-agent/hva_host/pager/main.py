@@ -247,6 +247,8 @@ class Pager:
     def _announce_held(self) -> None:
         if self._refaults.newly_held:
             self._refaults.newly_held = False
+            if not self._refaults.held:
+                return
             self._server.broadcast({"event": "held", "data": {"held": self._held()}})
 
     def _held(self) -> list[dict[str, Any]]:

@@ -87,6 +87,9 @@ class Refaults:
             discarded = np.flatnonzero(self._ram.ledger.entries[ahead.next : ahead.stop])
             start = ahead.next + int(discarded[0]) if len(discarded) else ahead.stop
             filled = self.fill(start, min(AROUND, ahead.stop - start)) if start < ahead.stop else 0
+            if not filled and start not in self._waiting:
+                # Nobody asked for this page yet: a block that has changed holds nobody.
+                self.held.pop(start, None)
             self._streams.filled(ahead, start + filled)
         return self._streams.reading_ahead
 

@@ -7,7 +7,6 @@ guest RAM from guest physical address 0.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 PAGE_SHIFT = 12
@@ -53,22 +52,3 @@ class Run(NamedTuple):
     def stop(self) -> int:
         """The first pfn behind the run."""
         return self.start + self.pages
-
-
-def coalesce(pfns: Iterable[int]) -> Iterator[Run]:
-    """The maximal runs of ``pfns``, which must ascend strictly.
-
-    :raise ValueError: a pfn is not greater than the one before it.
-    """
-    start = stop = -1
-    for pfn in pfns:
-        if pfn == stop:
-            stop += 1
-            continue
-        if pfn < stop:
-            raise ValueError(f"pfn {pfn} does not ascend")
-        if stop > start:
-            yield Run(start, stop - start)
-        start, stop = pfn, pfn + 1
-    if stop > start:
-        yield Run(start, stop - start)

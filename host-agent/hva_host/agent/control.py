@@ -190,11 +190,11 @@ class _Session:
     async def _work(self) -> None:
         while True:
             message = await self._incoming.get()
-            reply = _error(wire.GENERIC_ERROR, str(message)) if isinstance(message, ProtocolError) else None
-            self.send(wire.encode(reply or await self._answer(message)))  # type: ignore[arg-type]
-            if reply is not None:
+            if isinstance(message, ProtocolError):
+                self.send(wire.encode(_error(wire.GENERIC_ERROR, str(message))))
                 await self.flushed()
                 return
+            self.send(wire.encode(await self._answer(message)))
 
     async def _answer(self, raw: bytes) -> dict[str, Any]:
         try:

@@ -21,19 +21,3 @@ class Progress(Protocol):
 
     def step_ended(self, step: StepRecord, total: int) -> None:
         """A step has ended, or will not be run."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def say(self, line: str) -> None:
-        pass
-
-    def step_begins(self, number: int, total: int, title: str) -> None:
-        pass
-
-    def step_goes_on(self, figures: str) -> None:
-        pass
-
-    def step_ended(self, step: StepRecord, total: int) -> None:
-        pass

@@ -20,7 +20,8 @@ import numpy as np
 from hva_host.memory.layers import Layer
 from hva_host.memory.ledger import VERSION, Counter
 from hva_host.memory.syscalls import lock_memory
-from hva_host.pager.attach import attach, pinned_by
+from hva_host.pager import refusals
+from hva_host.pager.attach import attach
 from hva_host.pager.epoch import Epoch, Phase, Step
 from hva_host.pager.fetch import Fetcher
 from hva_host.pager.messages import Message
@@ -155,8 +156,7 @@ class Pager:
 
     def _begin_epoch(self, arguments: Message, payload: bytes) -> dict[str, Any]:
         self._refuse_when_busy()
-        if reason := pinned_by(self._pid):
-            raise RefusedError(reason, "remove the device from the VM")
+        refusals.refuse(self._pid, self._ram.backing)
         deadline = time.monotonic() + float(arguments["seconds"])
         epoch = Epoch(self._ram, self._prover, np.frombuffer(payload, np.uint8), deadline)
         self._epoch, self._announced = epoch, False

@@ -32,6 +32,7 @@ from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
+from hva_host.agent.refusals import Refusals
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
@@ -66,6 +67,8 @@ class Vm:
         self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._listener = listener
         pages = record.config.memory >> PAGE_SHIFT
+        #: Why nothing is discarded; whoever finds a reason puts it in here.
+        self.refusals = Refusals(self._on_refusals)
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
         self.pager = PagerHandle(folder.path, self._on_pager_event)
         self.reclaimer = Reclaimer(pages, self.guest, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch)
@@ -201,8 +204,8 @@ class Vm:
         held = [HeldPages(**entry) for entry in pager.get("held", [])]
         state, reason = (VmState.HELD, held[0].reason) if held else (self._state, self._reason)
         hello = self.guest.hello
-        refused = ""
-        if hello is not None and hello.checks_free_pages:
+        refused = self.refusals.text
+        if not refused and hello is not None and hello.checks_free_pages:
             refused = "unused: the guest checks the content of its free pages (page_poison)"
         return VmStatus(
             name=self.name,
@@ -306,6 +309,7 @@ class Vm:
     # Inside
 
     async def _refuse_when_unsafe(self) -> None:
+        self.refusals.check()
         if self.qmp is None or not self.qmp.connected:
             raise PeerLost("QMP: not connected")
         try:
@@ -353,6 +357,9 @@ class Vm:
         self._fail(VmState.HELD, "; ".join(f"{entry['layer']}: {entry['reason']}" for entry in held))
         self._listener("VM_HELD", {"name": self.name, "held": held})
         self._hold.begin(self.qmp)
+
+    def _on_refusals(self, text: str) -> None:
+        self._listener("RECLAIM_REFUSED" if text else "RECLAIM_ALLOWED", {"name": self.name, "reason": text})
 
     def _on_epoch(self, stats: EpochStats) -> None:
         self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})

@@ -51,6 +51,8 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._credit = _CHECKS_PER_BYTE * PAYLOAD_MAX
+        #: Headers looked at, sound or not: what reading costs, beside its bytes.
+        self.headers = 0
         #: Bytes that belonged to no intact frame.
         self.dropped_bytes = 0
         #: Frames whose header was intact and whose payload was not.
@@ -63,7 +65,7 @@ class FrameDecoder:
         """Bytes held of a frame that is not complete; 0 between frames."""
         return len(self._buffer)
 
-    def feed(self, data: bytes) -> list[Frame]:
+    def feed(self, data: bytes | memoryview) -> list[Frame]:
         """The frames completed by ``data``, in order."""
         frames: list[Frame] = []
         view = memoryview(data)
@@ -97,6 +99,7 @@ class FrameDecoder:
             position = found
             if len(buffer) - found < HEADER_SIZE:
                 break
+            self.headers += 1
             _, version, kind, _, length, payload_crc, header_crc = _HEADER.unpack_from(buffer, found)
             start = found + HEADER_SIZE
             if length > PAYLOAD_MAX or zlib.crc32(buffer[found : start - 4]) != header_crc:

@@ -18,6 +18,7 @@ from hva_guest.port import HostGone, Port, find_port
 from hva_guest.scan import PageFlags, confirm_answer, scan_answer
 from hvaqemu import __version__
 from hvaqemu.errors import ProtocolError
+from hvaqemu.faultpoints import reach
 from hvaqemu.framing import Frame
 from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.protocol import (
@@ -266,6 +267,7 @@ class Agent:
                 self._answer(message)
 
     def _attach(self, message: Attach) -> None:
+        reach("guest.detached")
         if message.nonce != self._nonce:
             self._end_session()
             if self._port is not None:
@@ -274,6 +276,7 @@ class Agent:
         self._greet(message.nonce)
 
     def _acknowledged(self, message: Ack) -> None:
+        reach("guest.greeted")
         if not self._nonce or message.features & ~self._offered:
             self._send(Error(0, ErrorCode.BAD_REQUEST, "features acknowledged that were not offered"))
         else:
@@ -284,6 +287,7 @@ class Agent:
         if self._features is None:
             self._send(Error(message.request, ErrorCode.NOT_ATTACHED, "no session: ATTACH and ACK come first"))
         elif isinstance(message, Ping):
+            reach("guest.serving")
             self._send(Pong(message.request))
         elif isinstance(message, Stats):
             self._send(self._stats(message.request))

@@ -10,6 +10,7 @@ import subprocess
 import time
 from typing import Callable
 
+from hvaqemu.faultpoints import reach
 from hvaqemu.protocol import OUTPUT_BYTES_MAX, Ending, Error, ErrorCode, Exec, ExecEnd, ExecOutput, Message, Stream
 
 COMMANDS_MAX = 8
@@ -90,6 +91,7 @@ class Commands:
             reason = getattr(error, "strerror", None) or str(error)
             return self._send(ExecEnd(request.request, Ending.NOT_STARTED, 0, 0, reason))
         self._running[request.request] = command
+        reach("guest.executing")
         if not self._paused:
             self._watch_outputs(command)
         if command.process.stdin is not None:

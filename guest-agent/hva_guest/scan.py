@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from hva_guest.classify import classify, count_states, free_bitmap
 from hva_guest.memory import Ranges, read_memory
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PageState
 from hvaqemu.protocol import Confirm, ConfirmEnd, ConfirmPiece, Message, Scan, ScanEnd, ScanPiece, pack_map
 
@@ -64,6 +65,7 @@ def scan_answer(request: Scan, flags: PageFlags, ranges: Ranges, swapcache: bool
         piece = ScanPiece(request.request, number, start, len(classes), pack_map(classes))
         busy += time.monotonic() - begun
         yield piece
+        reach("guest.scanning")
         begun = time.monotonic()
         number += 1
     memory = read_memory()
@@ -95,6 +97,7 @@ def confirm_answer(request: Confirm, flags: PageFlags, ranges: Ranges) -> Iterat
         piece = ConfirmPiece(*key, number, start, len(classes), pack_map(free_bitmap(classes)))
         busy += time.monotonic() - begun
         yield piece
+        reach(f"guest.confirming-{request.round}")
         begun = time.monotonic()
         number += 1
     yield ConfirmEnd(*key, number, int((busy + time.monotonic() - begun) * 1e6))

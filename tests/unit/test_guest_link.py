@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 
 from hva_host.agent.guest_exchange import PingExchange
-from hva_host.agent.guest_link import REQUESTS_MAX, GuestLink, LinkState
+from hva_host.agent.guest_link import GuestLink
+from hva_host.agent.guest_requests import REQUESTS_MAX
+from hva_host.agent.guest_session import LinkState
 from hvaqemu import protocol
 from hvaqemu.errors import ConfigError, DeadlineExceeded, GuestError, PeerLost, ProtocolError, RefusedError
 from hvaqemu.framing import Frame, FrameDecoder, encode_frame
@@ -324,11 +326,11 @@ async def test_page_flags_that_cannot_be_read_are_named(serial: Serial, link: Gu
 async def test_garbage_and_nonsense_do_not_end_the_agent(serial: Serial, link: GuestLink) -> None:
     agent = await serial.start_agent()
     await link.wait_connected(10)
-    assert link._writer is not None
+    assert link._channel is not None
     chance = random.Random(3)
     for kind in set(range(256)) - {protocol.MessageType.ATTACH}:
-        link._writer.write(encode_frame(kind, chance.randbytes(chance.randrange(60))) + chance.randbytes(30))
-    link._writer.write(encode(protocol.Ack(0xFFFFFFFF)) + encode(protocol.Exec(5, (), 0, b"")))
+        link._channel.tell(encode_frame(kind, chance.randbytes(chance.randrange(60))) + chance.randbytes(30))
+    link._channel.tell(encode(protocol.Ack(0xFFFFFFFF)) + encode(protocol.Exec(5, (), 0, b"")))
     await link.wait_connected(10)
     assert (await link.scan(10)).totals[PageState.UNUSED] > 0
     assert agent.returncode is None
@@ -572,7 +574,7 @@ async def test_a_guest_that_reads_nothing_does_not_block_us(tmp_path: Path) -> N
                     PingExchange(),
                     0.05,
                 )
-        assert link._writer is not None
-        assert link._writer.transport.get_write_buffer_size() < 300_000
+        assert link._channel is not None
+        assert link._channel.unwritten < 300_000
     deaf.set()
     server.close()

@@ -1,28 +1,27 @@
-"""The link to one VM's guest agent: a session over QEMU's chardev socket, and requests with deadlines on it.
+"""The link to one VM's guest agent: a connection to QEMU's chardev socket, made again and again until closed, and
+requests with deadlines on the session over it.
 
-QEMU listens; this side connects, again and again until closed. Connected to QEMU is not connected to an agent: that
-takes our ATTACH, a HELLO that echoes its nonce, and our ACK. An agent that restarts greets with another nonce: what was
-asked of its predecessor fails at once. An agent that falls silent (or whose VM stands still) loses the session's
-"attached" and gets it back with the first sign of life; requests then under way live or die by their own deadlines.
+What is read of a guest is paid for (:mod:`~hva_host.agent.guest_budget`), so that a flood costs this process a stated
+share of a core and other VMs nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hva_host.agent.guest_budget import ReadBudget
+from hva_host.agent.guest_channel import GuestChannel
 from hva_host.agent.guest_exchange import (
     ConfirmExchange,
     Exchange,
@@ -34,123 +33,47 @@ from hva_host.agent.guest_exchange import (
     StatsExchange,
     printable,
 )
+from hva_host.agent.guest_notices import Notices
+from hva_host.agent.guest_requests import LinkCounters
+from hva_host.agent.guest_session import GuestSession, LinkState
 from hva_host.agent.model import ExecResult
-from hvaqemu.errors import ConfigError, DeadlineExceeded, GuestError, HvaError, PeerLost, ProtocolError, RefusedError
-from hvaqemu.framing import Frame, FrameDecoder
-from hvaqemu.pages import PAGE_SIZE
-from hvaqemu.protocol import (
-    Ack,
-    Attach,
-    Confirm,
-    Error,
-    ErrorCode,
-    Exec,
-    ExecCancel,
-    Feature,
-    Hello,
-    Message,
-    Ping,
-    Pong,
-    Scan,
-    Stats,
-    decode,
-    encode,
-)
+from hvaqemu.errors import ConfigError, DeadlineExceeded, PeerLost, RefusedError
+from hvaqemu.framing import Frame
+from hvaqemu.protocol import Confirm, Exec, ExecCancel, Hello, Message, Ping, Scan, Stats, encode
 from hvaqemu.qemu.sockets import address_of
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-#: All we know how to use.
-FEATURES = Feature.EXEC | Feature.SWAPCACHE | Feature.PRESSURE
-REQUESTS_MAX = 32
 #: Bytes of output an :meth:`GuestLink.execute` keeps unless told otherwise.
 OUTPUT_LIMIT = 4 << 20
 
-_READ_BYTES = 64 * 1024
-#: Bytes waiting in our process for QEMU to take them, from which on nothing more is written.
-_WRITE_BOUND = 128 * 1024
 _TICK = 0.25
-_RECONNECT_MAX = 1.0
-#: Seconds between ATTACHes: at least, at first, and at most (what a dead guest never reads piles up in the socket).
-_ATTACH_MIN, _ATTACH_FIRST, _ATTACH_MAX = 0.2, 0.5, 10.0
-#: Seconds an incomplete frame may stand still before it is taken for the remains of an agent that died.
-_STALE_AFTER = 1.0
-#: Seconds without a word after which we ask, and after which the agent counts as silent.
-_PING_AFTER, _SILENT_AFTER = 10.0, 30.0
+_RECONNECT_MIN, _RECONNECT_MAX = 0.05, 1.0
 #: Seconds a command's end may take beyond the command's own timeout.
 _EXEC_GRACE = 10.0
-#: The request number of our own signs-of-life question.
-_KEEPALIVE = 0
-
-
-class LinkState(enum.Enum):
-    """How far the link has come."""
-
-    CLOSED = "closed"
-    #: No connection to QEMU.
-    CONNECTING = "connecting"
-    #: Connected to QEMU; no agent has answered yet.
-    ATTACHING = "attaching"
-    #: An agent serves us.
-    ATTACHED = "attached"
-    #: An agent served us and has fallen silent; the session stands.
-    SILENT = "silent"
-    #: The agent at the other end is not one we can work with; see ``refused``.
-    REFUSED = "refused"
-
-
-@dataclass
-class LinkCounters:
-    """What came over the link and counted for nothing."""
-
-    #: Answers nobody waits for.
-    unsolicited: int = 0
-    #: Intact frames whose payload is not what their type says.
-    malformed: int = 0
-    #: Frames of types we do not know.
-    unknown: int = 0
-    #: Requests an answer out of turn or bounds has failed.
-    broken_answers: int = 0
-
-
-@dataclass(eq=False)
-class _Pending:
-    """A request under way."""
-
-    exchange: Exchange[Any]
-    answer: asyncio.Future[Any]
 
 
 class GuestLink:
     """The session with one guest agent. Use as ``async with``, or ``start()`` and ``close()``.
 
-    ``on_change`` is called with the new state after each change of it. Requests raise ``PeerLost`` when no agent is
-    attached or the one asked goes away, ``DeadlineExceeded`` when it does not answer in time, ``GuestError`` when it
-    cannot do what is asked, ``RefusedError`` when it will not, ``ProtocolError`` when its answer makes no sense.
+    ``on_change`` is called with the new state after changes of it; of many in short order, with the newest now and
+    then. Requests raise ``PeerLost`` when no agent is attached or the one asked goes away, ``DeadlineExceeded`` when it
+    does not answer in time, ``GuestError`` when it cannot do what is asked, ``RefusedError`` when it will not,
+    ``ProtocolError`` when its answer makes no sense.
     """
 
     def __init__(
         self, socket_path: str | Path, *, pages: int, on_change: Callable[[LinkState], None] | None = None
     ) -> None:
-        self._path = str(socket_path)
+        self._path = Path(socket_path)
         self._pages = pages
-        self._on_change = on_change
-        self._state = LinkState.CLOSED
+        self._session = GuestSession(pages, self._tell, self._entered)
+        self._notices = Notices(on_change) if on_change is not None else None
+        self._budget = ReadBudget()
+        self._channel: GuestChannel | None = None
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._decoder = FrameDecoder()
-        self._hello: Hello | None = None
-        self._pending: dict[int, _Pending] = {}
-        # Random, so that no answer to an earlier host agent's question can be taken for one to ours.
-        self._next_request = secrets.randbits(62) + 1
-        self._nonce = 0
-        self._attach_wait = 0.0
-        self._attached_at = self._heard_at = self._asked_at = 0.0
-        self.counters = LinkCounters()
-        #: Why the agent at the other end is refused, or "".
-        self.refused = ""
 
     async def __aenter__(self) -> GuestLink:
         self.start()
@@ -164,7 +87,7 @@ class GuestLink:
     def start(self) -> None:
         """Begin to connect, in the background, until :meth:`close`."""
         if self._task is None:
-            self._enter(LinkState.CONNECTING)
+            self._session.connecting("")
             self._task = asyncio.create_task(self._run(), name=f"guest link {self._path}")
 
     async def close(self) -> None:
@@ -175,27 +98,38 @@ class GuestLink:
             await asyncio.wait({task})
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.error("the link to the guest agent at %s had ended", self._path, exc_info=error)
-        self._fail_all(PeerLost("the link to the guest agent was closed"))
-        self._enter(LinkState.CLOSED)
+        self._session.closed()
+        if self._notices is not None:
+            self._notices.flush()
 
     @property
     def state(self) -> LinkState:
-        return self._state
+        return self._session.state
 
     @property
     def connected(self) -> bool:
         """A guest agent serves us now."""
-        return self._state is LinkState.ATTACHED
+        return self._session.state is LinkState.ATTACHED
 
     @property
     def hello(self) -> Hello | None:
         """What the agent of the present session said of itself. Its strings are the guest's: escape them to print."""
-        return self._hello
+        return self._session.hello
+
+    @property
+    def refused(self) -> str:
+        """Why the agent at the other end is refused, or ""."""
+        return self._session.refused
+
+    @property
+    def counters(self) -> LinkCounters:
+        """What came over the link and counted for nothing."""
+        return self._session.counters
 
     @property
     def dropped_bytes(self) -> int:
         """Bytes on the present connection that belonged to no intact frame."""
-        return self._decoder.dropped_bytes
+        return self._channel.decoder.dropped_bytes if self._channel is not None else 0
 
     async def wait_connected(self, timeout: float) -> Hello:
         """Wait until a guest agent serves us.
@@ -206,15 +140,15 @@ class GuestLink:
         """
         try:
             async with asyncio.timeout(timeout):
-                while self._state is not LinkState.ATTACHED or self._hello is None:
-                    if self._state is LinkState.REFUSED:
+                while self.state is not LinkState.ATTACHED or self.hello is None:
+                    if self.state is LinkState.REFUSED:
                         raise RefusedError(self.refused)
-                    if self._state is LinkState.CLOSED:
+                    if self.state is LinkState.CLOSED:
                         raise PeerLost("the link to the guest agent is closed")
                     await self._changed.wait()
-                return self._hello
+                return self.hello
         except TimeoutError as error:
-            what = "QEMU's socket could not be reached" if self._state is LinkState.CONNECTING else "it did not answer"
+            what = "QEMU's socket could not be reached" if self.state is LinkState.CONNECTING else "it did not answer"
             raise DeadlineExceeded(f"no guest agent within {timeout:g} s: {what}", "see the console log") from error
 
     # Requests
@@ -253,7 +187,7 @@ class GuestLink:
         """
         if not argv:
             raise ConfigError("no command to run in the guest was given")
-        if self._hello is not None and not self._hello.exec_allowed:
+        if self.hello is not None and not self.hello.exec_allowed:
             raise RefusedError(
                 "the guest agent runs no commands", "set 'allow_exec: true' for the VM and start it again"
             )
@@ -275,225 +209,69 @@ class GuestLink:
 
     async def _ask(self, make: Callable[[int], Message], exchange: Exchange[T], timeout: float) -> T:
         """Send a request and see its answers through."""
-        if self._state is not LinkState.ATTACHED:
-            silent = self._state is LinkState.SILENT
+        if self.state is not LinkState.ATTACHED or self._channel is None:
+            silent = self.state is LinkState.SILENT
             raise PeerLost(self.refused or f"the guest agent {'has fallen silent' if silent else 'is not connected'}")
-        if len(self._pending) >= REQUESTS_MAX:
-            raise RefusedError(f"{REQUESTS_MAX} requests to the guest agent are under way already")
-        number = self._next_request
-        self._next_request += 1
-        frame = encode(make(number))
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._pending[number] = _Pending(exchange, answer)
+        number = self._session.requests.open(exchange, answer)
         try:
+            frame = encode(make(number))
             async with asyncio.timeout(timeout):
-                await self._write(frame)
+                await self._channel.write(frame)
                 return await answer
         except TimeoutError as error:
             raise DeadlineExceeded(f"the guest agent did not answer within {timeout:g} s") from error
         finally:
-            del self._pending[number]
-            if not answer.cancel() and not answer.cancelled():
-                answer.exception()
-
-    async def _write(self, frame: bytes) -> None:
-        """Write ``frame`` once there is room for it.
-
-        :raise PeerLost: the connection is gone.
-        """
-        try:
-            while self._writer is not None and self._writer.transport.get_write_buffer_size() > _WRITE_BOUND:
-                await self._writer.drain()
-            if self._writer is None:
-                raise PeerLost("the link to the guest agent broke")
-            self._writer.write(frame)
-            await self._writer.drain()
-        except OSError as error:
-            raise PeerLost("the link to the guest agent broke") from error
-
-    def _tell(self, message: Message) -> None:
-        """Write ``message`` if there is room now; all that is told this way is told again, or may be lost."""
-        if self._writer is not None and self._writer.transport.get_write_buffer_size() <= _WRITE_BOUND:
-            self._writer.write(encode(message))
+            self._session.requests.close(number)
 
     # The connection
 
     async def _run(self) -> None:
         """Connect, converse, and again."""
-        wait = 0.05
+        wait = _RECONNECT_MIN
         while True:
+            channel = GuestChannel(self._budget, self._opened, self._take)
             try:
-                async with asyncio.timeout(_RECONNECT_MAX):
-                    with address_of(Path(self._path)) as address:
-                        reader, writer = await asyncio.open_unix_connection(address, limit=_READ_BYTES)
+                await self._connect(channel)
+                await self._converse(channel)
+                wait = _RECONNECT_MIN
             except (OSError, TimeoutError):
-                await asyncio.sleep(wait)
                 wait = min(wait * 2, _RECONNECT_MAX)
-                continue
-            wait = 0.05
-            try:
-                await self._converse(reader, writer)
-            except OSError:
-                pass
             finally:
-                self._writer = None
-                writer.transport.abort()
-                self._hello = None
-                self._fail_all(PeerLost("QEMU closed the link to the guest agent"))
-                self._enter(LinkState.CONNECTING)
+                self._channel = None
+                channel.abort()
+                self._session.connecting("QEMU closed the link to the guest agent")
             await asyncio.sleep(wait)
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Until QEMU closes the connection.
+    async def _connect(self, channel: GuestChannel) -> None:
+        """:raise OSError, TimeoutError: nobody accepts there."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(_RECONNECT_MAX):
+            with address_of(self._path) as address:
+                await loop.create_unix_connection(lambda: channel, address)
 
-        :raise OSError: it broke.
-        """
-        writer.transport.set_write_buffer_limits(high=_WRITE_BOUND)
-        self._writer = writer
-        self._decoder = FrameDecoder()
-        self._nonce = secrets.randbits(63) + 1
-        self._heard_at = last_read = time.monotonic()
-        self._enter(LinkState.ATTACHING)
-        self._attach()
-        while True:
-            frames: list[Frame] = []
-            try:
+    async def _converse(self, channel: GuestChannel) -> None:
+        """Until the connection is gone."""
+        while not channel.closed.done():
+            with suppress(TimeoutError):
                 async with asyncio.timeout(_TICK):
-                    data = await reader.read(_READ_BYTES)
-                if not data:
-                    return
-                last_read = time.monotonic()
-                frames = self._decoder.feed(data)
-            except TimeoutError:
-                if self._decoder.buffered and time.monotonic() - last_read > _STALE_AFTER:
-                    frames = self._decoder.give_up()
-            for frame in frames:
-                self._take(frame)
-            self._tick()
+                    await asyncio.shield(channel.closed)
+            channel.look_for_stale()
+            self._session.tick(time.monotonic())
 
-    def _enter(self, state: LinkState) -> None:
-        if state is self._state:
-            return
-        self._state = state
-        self._changed.set()
-        self._changed = asyncio.Event()
-        if self._on_change is not None:
-            self._on_change(state)
-
-    def _fail_all(self, error: HvaError) -> None:
-        for pending in self._pending.values():
-            if not pending.answer.done():
-                pending.answer.set_exception(type(error)(error.message, error.hint))
-
-    def _attach(self, patience: float = _ATTACH_FIRST) -> None:
-        self._attached_at = time.monotonic()
-        self._attach_wait = patience
-        self._tell(Attach(self._nonce, FEATURES))
-
-    def _tick(self) -> None:
-        """What the passing of time asks for."""
-        now = time.monotonic()
-        if self._state is LinkState.ATTACHED:
-            quiet = now - self._heard_at
-            if quiet > _SILENT_AFTER:
-                self._enter(LinkState.SILENT)
-                self._attach()
-            elif quiet > _PING_AFTER and now - self._asked_at > _PING_AFTER:
-                self._asked_at = now
-                self._tell(Ping(_KEEPALIVE))
-        elif self._state is not LinkState.REFUSED and now - self._attached_at > self._attach_wait:
-            self._attach(min(self._attach_wait * 2, _ATTACH_MAX))
-
-    # What the guest says
+    def _opened(self, channel: GuestChannel) -> None:
+        self._channel = channel
+        self._session.connected(time.monotonic())
 
     def _take(self, frame: Frame) -> None:
-        try:
-            message = decode(frame)
-        except ProtocolError:
-            self.counters.malformed += 1
-            return
-        if message is None:
-            self.counters.unknown += 1
-        elif isinstance(message, Hello):
-            self._greeted(message)
-        elif isinstance(message, Error):
-            self._heard()
-            self._denied(message)
-        elif isinstance(message, Pong) and message.request == _KEEPALIVE:
-            self._heard()
-        else:
-            self._answered(message)
+        self._session.take(frame, time.monotonic())
 
-    def _heard(self) -> None:
-        self._heard_at = time.monotonic()
-        if self._state is LinkState.SILENT:
-            self._enter(LinkState.ATTACHED)
+    def _tell(self, message: Message) -> None:
+        if self._channel is not None:
+            self._channel.tell(encode(message))
 
-    def _answered(self, message: Message) -> None:
-        """An answer, if anybody waits for it: late, repeated, foreign and invented ones count for nothing."""
-        pending = self._pending.get(getattr(message, "request", -1))
-        if pending is None or pending.answer.done() or not pending.exchange.expects(message):
-            self.counters.unsolicited += 1
-            return
-        self._heard()
-        try:
-            result = pending.exchange.take(message)
-        except HvaError as error:
-            self.counters.broken_answers += isinstance(error, ProtocolError)
-            pending.answer.set_exception(error)
-        else:
-            if result is not None:
-                pending.answer.set_result(result)
-
-    def _denied(self, message: Error) -> None:
-        if message.code == ErrorCode.NOT_ATTACHED and self._state is LinkState.ATTACHED:
-            # Our ACK was lost, or the agent has dropped the session.
-            self._lose_session("the guest agent has dropped the session")
-            return
-        pending = self._pending.get(message.request)
-        if pending is None or pending.answer.done():
-            self.counters.unsolicited += 1
-            return
-        kind = RefusedError if message.code == ErrorCode.NOT_ALLOWED else GuestError
-        pending.answer.set_exception(kind(f"the guest agent: {printable(message.text)}"))
-
-    def _lose_session(self, why: str) -> None:
-        """Fail what was asked, and attach again, but not as fast as a hostile guest might like."""
-        self._hello = None
-        self._fail_all(PeerLost(why))
-        self._enter(LinkState.ATTACHING)
-        if time.monotonic() - self._attached_at > _ATTACH_MIN:
-            self._attach()
-        else:
-            self._attach_wait = _ATTACH_MIN
-
-    def _greeted(self, hello: Hello) -> None:
-        if hello.nonce != self._nonce:
-            # An agent that has just opened its port, or one that answers somebody before us.
-            self._lose_session("the guest agent was restarted")
-            return
-        self.refused = self._objection(hello)
-        if self.refused:
-            self._hello = None
-            self._fail_all(RefusedError(self.refused))
-            self._enter(LinkState.REFUSED)
-            return
-        if self._hello is not None and (hello.instance, hello.boot_id) != (self._hello.instance, self._hello.boot_id):
-            self._fail_all(PeerLost("the guest agent was restarted"))
-        self._hello = hello
-        self._tell(Ack(hello.features & FEATURES))
-        self._heard_at = time.monotonic()
-        self._enter(LinkState.ATTACHED)
-
-    def _objection(self, hello: Hello) -> str:
-        """Why the agent cannot be worked with, or ""."""
-        if hello.page_size != PAGE_SIZE:
-            return f"the guest has pages of {hello.page_size} bytes, not {PAGE_SIZE}"
-        end = 0
-        for start, count in hello.ranges:
-            if start < end or not count:
-                return "the guest agent's memory ranges overlap, do not ascend, or are empty"
-            end = start + count
-        if end > self._pages:
-            return f"the guest agent claims memory up to page {end}; the VM has {self._pages} pages"
-        return ""
+    def _entered(self, state: LinkState) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self._notices is not None:
+            self._notices.changed(state)

@@ -15,7 +15,8 @@ from typing import Any
 
 from hva_host.agent import accounts, hazards
 from hva_host.agent.console_log import keep_bounded
-from hva_host.agent.guest_link import GuestLink, LinkState
+from hva_host.agent.guest_link import GuestLink
+from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hold import Hold
 from hva_host.agent.model import (
     EpochStats,
@@ -29,6 +30,7 @@ from hva_host.agent.model import (
     VmStatus,
 )
 from hva_host.agent.pager_keeper import keep_pager
+from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
@@ -59,7 +61,9 @@ class Vm:
     :ivar failure: done once the VM can not go on; says why. Whoever waits for the VM races this.
     """
 
-    def __init__(self, folder: VmFolder, record: VmRecord, process: QemuProcess, listener: Listener) -> None:
+    def __init__(
+        self, folder: VmFolder, record: VmRecord, process: QemuProcess, pagers: PagerParent, listener: Listener
+    ) -> None:
         self.folder = folder
         self.record = record
         self.process = process
@@ -70,7 +74,7 @@ class Vm:
         #: Why nothing is discarded; whoever finds a reason puts it in here.
         self.refusals = Refusals(self._on_refusals)
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
-        self.pager = PagerHandle(folder.path, self._on_pager_event)
+        self.pager = PagerHandle(folder.path, pagers, self._on_pager_event)
         self.reclaimer = Reclaimer(pages, self.guest, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch)
         self._state = VmState.STARTING
         self._reason = ""

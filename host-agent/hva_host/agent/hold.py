@@ -1,51 +1,88 @@
-"""The QMP side of HELD: the guest is stopped while a fault must not be answered, and goes on once it is.
+"""HELD: pages whose bytes can not be trusted, so that faults on them stay unanswered, and what that means for QMP.
 
-QMP ``stop`` is sent and never awaited: a vCPU inside an unanswered fault can not stop, so QEMU may answer only after
-the fault is. Only a pause of our own is ever undone.
+It is a state of the pager and of the host agent, never of QMP, and everything an operator needs in it works without
+QMP. The guest is stopped beside the vCPU that waits, so that its others do not run on without it; but ``stop`` is sent
+and never awaited, because a vCPU inside an unanswered fault can not stop, and QEMU's main loop may itself be the one
+that waits. Only a pause of our own is ever undone: it is recorded before it is sent, so that the next host agent knows.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from hvaqemu.errors import HvaError
+from hva_host.agent.model import HeldPages
+from hvaqemu.errors import DeadlineExceeded, HvaError, RefusedError
 from hvaqemu.qemu.qmp import QmpLink
 
-_STOP_SECONDS = 10.0
+_QMP_SECONDS = 10.0
+_PAGES_NAMED = 4
 
 
 class Hold:
-    """One VM's hold, begun and ended as often as needed."""
+    """One VM's hold, begun and ended as often as needed.
 
-    def __init__(self) -> None:
+    :param paused: a host agent before us has stopped the guest for a hold.
+    :param record: called before ``stop`` is sent, and after ``cont`` was: is the guest's pause ours?
+    :ivar pages: what is held, as the pager says it.
+    """
+
+    def __init__(self, paused: bool, record: Callable[[bool], None]) -> None:
+        self.pages: tuple[HeldPages, ...] = ()
+        self._no_pager = ""
+        self._paused = paused
+        self._record = record
         self._task: asyncio.Task[None] | None = None
-        self._ours = False
 
     @property
     def active(self) -> bool:
-        """Has it begun and not ended?"""
-        return self._task is not None
+        """Are pages held, or is there no pager to answer anything?"""
+        return bool(self.pages or self._no_pager)
 
-    def begin(self, qmp: QmpLink | None) -> None:
-        """Have the guest stop, unless it is stopped already; returns at once."""
-        if self._task is None:
+    @property
+    def reason(self) -> str:
+        """What is held and why, in one line; "" if nothing is."""
+        return "; ".join(filter(None, (self._no_pager, *map(describe, self.pages))))
+
+    def refuse(self, name: str) -> None:
+        """See that what needs a running guest has one.
+
+        :raise RefusedError: the VM is held; names the file, the pages and what to do.
+        """
+        if self.active:
+            hint = f"put that right, then 'hvaqemu resume {name}', or end it by 'hvaqemu down {name}'"
+            raise RefusedError(f"VM {name} is HELD: {self.reason}", hint)
+
+    def begin(self, pages: Sequence[HeldPages], qmp: QmpLink | None) -> None:
+        """These pages are held now; the guest is made to stop, unless it is stopped already. Returns at once."""
+        self.pages = tuple(pages)
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._stop(qmp), name="stop for hold")
 
-    async def end(self, qmp: QmpLink | None) -> None:
-        """Let the guest go on, if it was this that stopped it. The fault must have been answered.
+    def without_pager(self, why: str) -> None:
+        """Nobody answers faults, and nobody could be found who will: ``why``; "": somebody was."""
+        self._no_pager = f"no pager can be started: {why}" if why else ""
 
-        :raise HvaError: QEMU did not answer all the same.
+    async def end(self, qmp: QmpLink | None) -> None:
+        """No page is held any more: let the guest go on, if it was this that stopped it.
+
+        Where there is no QMP to say so, :meth:`connected` does it once there is.
         """
-        task, self._task = self._task, None
-        if task is None:
-            return
-        # It must not stop what we let go on.
-        await asyncio.wait({task}, timeout=_STOP_SECONDS)
-        task.cancel()
-        ours, self._ours = self._ours, False
-        if ours and qmp is not None:
-            await qmp.cont()
+        self.pages = ()
+        await self.cancel()
+        with suppress(HvaError):
+            await self.connected(qmp)
+
+    async def connected(self, qmp: QmpLink | None) -> None:
+        """QMP answers (again): undo a pause of ours that is not needed any more.
+
+        :raise HvaError: QEMU went, or did not answer.
+        """
+        if self._paused and not self.active and qmp is not None:
+            await qmp.cont(_QMP_SECONDS)
+            self._paused = False
+            self._record(False)
 
     async def cancel(self) -> None:
         """Wait for nothing any more."""
@@ -56,6 +93,23 @@ class Hold:
 
     async def _stop(self, qmp: QmpLink | None) -> None:
         with suppress(HvaError):
-            if qmp is not None and (await qmp.status(_STOP_SECONDS)).running:
-                self._ours = True
-                await qmp.pause(_STOP_SECONDS)
+            while qmp is not None and self.pages:
+                try:
+                    running = (await qmp.status(_QMP_SECONDS)).running
+                except DeadlineExceeded:
+                    # The main loop is what waits; it runs no vCPU that needs it. It may come free by a refault.
+                    continue
+                if running and not self._paused:
+                    self._record(True)
+                    self._paused = True
+                    await qmp.pause(_QMP_SECONDS)
+                return
+
+
+def describe(held: HeldPages) -> str:
+    """What is held of one layer, in one line."""
+    named = ", ".join(map(str, held.pages[:_PAGES_NAMED]))
+    more = len(held.pages) - _PAGES_NAMED
+    pages = f"page {named}" if len(held.pages) == 1 else f"pages {named}" + (f" and {more} more" if more > 0 else "")
+    where = "" if held.layer in held.reason else f"{held.layer}: "
+    return f"{where}{held.reason} ({pages})"

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from hva_host.agent import accounts, plan
+from hva_host.agent.layer_watch import content_of
 from hva_host.agent.pager_keeper import connect_or_start
 from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Listener, Vm
@@ -37,7 +38,8 @@ async def start_vm(
         undo.callback(folder.remove)
         shim = await asyncio.to_thread(ensure_shim, progress)
         image = await asyncio.to_thread(plan.image_of, config, progress)
-        layers = ((image.root, await plan.ensure_index(image.root, progress)),)
+        index = await plan.ensure_index(image.root, progress)
+        layers, contents = ((image.root, index),), (await asyncio.to_thread(content_of, image.root, index),)
         folder.make_disks()
         files = plan.launch_files(config, image, runtime=folder.path, disks=folder.disks)
         await asyncio.to_thread(create_overlay, files.golden, files.overlay)
@@ -46,7 +48,13 @@ async def start_vm(
         process, qmp = await launch(
             config, files, runtime=folder.path, shim=shim, on_event=events.deliver, die_with_parent=die_with_parent
         )
-        record = VmRecord(config=config, qemu_pid=process.pid, qemu_start_time=process.start_time, layers=layers)
+        record = VmRecord(
+            config=config,
+            qemu_pid=process.pid,
+            qemu_start_time=process.start_time,
+            layers=layers,
+            contents=contents,
+        )
         vm = Vm(folder, record, process, listener)
         vm.qmp = qmp
         undo.push_async_callback(vm.stop, _KILL)
@@ -79,6 +87,7 @@ async def adopt_vm(folder: VmFolder, record: VmRecord, listener: Listener) -> Vm
     vm.qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)
     with suppress(HvaError):
         await connect_or_start(vm.pager, process, record.layers)
+        await vm.learn_held()
     # A QEMU whose main loop waits for a fault answers no QMP; the supervisor tries again.
     with suppress(HvaError):
         await vm.qmp.connect(2.0)

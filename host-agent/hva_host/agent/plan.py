@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+from hva_host.agent.layer_watch import refuse_writers
 from hva_host.memory.index import StaleIndexError, build_index, fingerprint_file
 from hva_host.memory.layers import Layer
 from hva_images import GuestImage, ensure_image
@@ -50,12 +51,14 @@ def launch_files(config: VmConfig, image: GuestImage, *, runtime: Path, disks: P
 async def ensure_index(image: Path, progress: Progress) -> Path:
     """The layer index of an image, built if there is none yet.
 
+    :raise RefusedError: somebody has the image open for writing.
     :raise HostError: the image can not be read, or there is no room.
     """
     return await asyncio.to_thread(_ensure_index, image, progress)
 
 
 def _ensure_index(image: Path, progress: Progress) -> Path:
+    refuse_writers(image)
     folder = cache_dir() / "index"
     try:
         status = image.stat()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hva_host.agent.layer_watch import LayerContent
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, HostError
 from hvaqemu.paths import state_dir
@@ -32,6 +33,10 @@ class VmRecord(BaseModel):
     qemu_start_time: int
     #: Image and index of every layer.
     layers: tuple[tuple[Path, Path], ...]
+    #: What each of them held when it was first matched against, in the same order.
+    contents: tuple[LayerContent, ...]
+    #: The guest was stopped for a hold, by us: whoever ends the hold lets it go on.
+    paused_for_hold: bool = False
     pager_restarts: int = 0
     pager_pause_s: float = 0.0
 

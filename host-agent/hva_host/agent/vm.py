@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hva_host.agent.console_log import keep_bounded
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hold import Hold
+from hva_host.agent.layer_watch import LayerWatch
 from hva_host.agent.model import (
     EpochStats,
     ExecResult,
@@ -34,7 +36,7 @@ from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
-from hva_host.agent.refusals import Refusals
+from hva_host.agent.refusals import Refusals, Source
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
@@ -51,6 +53,8 @@ _QMP_RETRY_SECONDS = 0.5
 #: How the kernel begins its last message (kernel/panic.c), and how far back on the console to look for it, in bytes.
 _PANIC = "Kernel panic - "
 _CONSOLE_BYTES = 32768
+#: A guest that is held can not shut down, and a main loop that waits for a page can not quit.
+_KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -79,7 +83,12 @@ class Vm:
         self._state = VmState.STARTING
         self._reason = ""
         self._tasks: list[asyncio.Task[None]] = []
-        self._hold = Hold()
+        #: What goes on beside and ends by itself.
+        self._loose: set[asyncio.Task[None]] = set()
+        self._told = VmState.STARTING
+        self._hold = Hold(record.paused_for_hold, self._record_pause)
+        contents = zip(record.layers, record.contents, strict=True)
+        self.layers = LayerWatch([(image, content) for (image, _), content in contents], self._on_layers)
         self._ending = False
 
     @property
@@ -97,13 +106,16 @@ class Vm:
 
     @property
     def state(self) -> VmState:
-        return self._state
+        """QEMU's state as far as it tells, or HELD, which no QEMU knows of."""
+        over = self._state in (VmState.STOPPING, VmState.PANICKED, VmState.GONE)
+        return VmState.HELD if self._hold.active and not over else self._state
 
     # Life cycle
 
     def supervise(self) -> None:
         """Begin to watch QEMU, pager and monitor."""
         self.guest.start()
+        self.layers.start()
         self._tasks = [
             asyncio.create_task(self._watch_qemu(), name=f"{self.name}: QEMU"),
             asyncio.create_task(
@@ -137,7 +149,10 @@ class Vm:
         """
         self._ending = True
         await self.reclaimer.cancel()
-        report = await self.process.stop(self.qmp if self.qmp and self.qmp.connected else None, timeouts)
+        # One that somebody stopped by a signal could not hear us.
+        self.process.send_signal(signal.SIGCONT)
+        qmp = self.qmp if self.qmp and self.qmp.connected else None
+        report = await self.process.stop(qmp, _KILL if self._hold.active else timeouts)
         await self.pager.wait_ended(10.0)
         await self._let_go()
         return str(report.how)
@@ -162,8 +177,10 @@ class Vm:
         cached = await asyncio.to_thread(self._layer_cached_bytes)
         pager = await self._pager_status()
         free = -1
-        with contextlib.suppress(HvaError):
-            free = (await self.guest.stats(_STATS_SECONDS)).memory_free_bytes
+        # A guest that stands still would only be waited for.
+        if not self._hold.active:
+            with contextlib.suppress(HvaError):
+                free = (await self.guest.stats(_STATS_SECONDS)).memory_free_bytes
         return Measure(
             uptime_s=accounts.uptime(self.process.start_time),
             backing_bytes=pager["backing_bytes"],
@@ -204,9 +221,9 @@ class Vm:
         measure = None
         with contextlib.suppress(HvaError):
             pager = await self._pager_status()
+            self._learn_held(pager["held"])
             measure = await self.measure()
-        held = [HeldPages(**entry) for entry in pager.get("held", [])]
-        state, reason = (VmState.HELD, held[0].reason) if held else (self._state, self._reason)
+        state = self.state
         hello = self.guest.hello
         refused = self.refusals.text
         if not refused and hello is not None and hello.checks_free_pages:
@@ -214,7 +231,7 @@ class Vm:
         return VmStatus(
             name=self.name,
             state=state,
-            reason=reason,
+            reason=self._hold.reason if state is VmState.HELD else self._reason,
             reclaim_refused=refused,
             pid=self.process.pid,
             pager_pid=self.pager.pid,
@@ -226,7 +243,7 @@ class Vm:
             measure=measure,
             epochs=list(self.reclaimer.epochs),
             stalls=StallStats(**pager.get("stalls", {})),
-            held=held,
+            held=list(self._hold.pages),
         )
 
     async def reclaim(
@@ -241,6 +258,7 @@ class Vm:
         :raise RefusedError: something runs or is attached that makes discarding unsafe.
         :raise HvaError: a peer went or was silent.
         """
+        self._hold.refuse(self.name)
         return await self.reclaimer.reclaim(states, epochs, on_epoch)
 
     def start_reclaiming(self, states: Sequence[ReclaimState], every: float) -> None:
@@ -263,6 +281,7 @@ class Vm:
         :raise RefusedError: the host has no room for them, or pages are held.
         :raise HvaError: a peer went or was silent.
         """
+        self._hold.refuse(self.name)
         async with self.reclaimer.exclusive:
             status = await self._pager_status()
             wanted = (status["zero_pages"] + status["layer_pages"] + status["preserved_pages"]) << PAGE_SHIFT
@@ -281,11 +300,11 @@ class Vm:
 
         :raise HvaError: the pager went or was silent.
         """
-        held = int((await call(self.pager, "resume"))["held"])
-        if held == 0 and self._state is VmState.HELD:
-            await self._hold.end(self.qmp)
-            self._enter(VmState.RUNNING)
-        return held
+        await call(self.pager, "resume")
+        held = (await self._pager_status())["held"]
+        self._learn_held(held)
+        await self._settled()
+        return sum(len(entry["pages"]) for entry in held)
 
     async def execute(
         self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
@@ -299,6 +318,7 @@ class Vm:
         """
         if not self.config.allow_exec:
             raise RefusedError(f"VM {self.name}: commands in the guest are off", "set allow_exec: true in its file")
+        self._refuse_when_still()
         return await self.guest.execute(argv, timeout, stdin, limit)
 
     async def balloon(self, size: int, timeout: float) -> int:
@@ -306,13 +326,22 @@ class Vm:
 
         :raise HvaError: it did not get there in time, or QEMU refused.
         """
+        self._refuse_when_still()
         if self.qmp is None:
             raise PeerLost("QMP: not connected")
         return await self.qmp.balloon(size, timeout)
 
     # Inside
 
+    def _refuse_when_still(self) -> None:
+        """:raise RefusedError: the guest will never answer, or not before its operator did something."""
+        self._hold.refuse(self.name)
+        if self._state is VmState.PANICKED:
+            raise RefusedError(f"VM {self.name}: {self._reason}", f"see 'hvaqemu console {self.name}'")
+
     async def _refuse_when_unsafe(self) -> None:
+        self._hold.refuse(self.name)
+        self.layers.look()
         self.refusals.check()
         if self.qmp is None or not self.qmp.connected:
             raise PeerLost("QMP: not connected")
@@ -332,7 +361,9 @@ class Vm:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self._settled()
         await self._hold.cancel()
+        await self.layers.close()
         await self.guest.close()
         await self.pager.close()
         if self.qmp is not None:
@@ -340,27 +371,77 @@ class Vm:
         self.process.close()
 
     def _enter(self, state: VmState, reason: str = "") -> None:
-        if self._state in (VmState.GONE, state):
-            return
-        self._state, self._reason = state, reason
-        self._listener("VM_STATE", {"name": self.name, "state": state, "reason": reason})
+        if self._state not in (VmState.GONE, state):
+            self._state, self._reason = state, reason
+            self._tell_state()
+
+    def _tell_state(self) -> None:
+        if (state := self.state) is not self._told:
+            self._told = state
+            reason = self._hold.reason if state is VmState.HELD else self._reason
+            self._listener("VM_STATE", {"name": self.name, "state": state, "reason": reason})
 
     def _fail(self, state: VmState, why: str) -> None:
         self._enter(state, why)
+        self._can_not_go_on(why)
+
+    def _can_not_go_on(self, why: str) -> None:
         if not self.failure.done():
             self.failure.set_result(why)
 
     def _on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         if name == "held":
-            self._pages_held(data["held"])
+            self._learn_held(data["held"])
         else:
             self.reclaimer.on_pager_event(name, data)
 
-    def _pages_held(self, held: list[dict[str, Any]]) -> None:
-        """Faults must not be answered: say so, and keep the other vCPUs from running on beside the one that waits."""
-        self._fail(VmState.HELD, "; ".join(f"{entry['layer']}: {entry['reason']}" for entry in held))
-        self._listener("VM_HELD", {"name": self.name, "held": held})
-        self._hold.begin(self.qmp)
+    async def learn_held(self) -> None:
+        """Ask the pager what is held: it said so while nobody listened."""
+        with contextlib.suppress(HvaError):
+            self._learn_held((await self._pager_status())["held"])
+
+    def _learn_held(self, held: list[dict[str, Any]]) -> None:
+        """The pager says what is held now; the guest is stopped or goes on."""
+        pages = tuple(HeldPages(**entry) for entry in held)
+        if pages == self._hold.pages:
+            return
+        if pages:
+            self._hold.begin(pages, self.qmp)
+            self._listener("VM_HELD", {"name": self.name, "held": held})
+            self._can_not_go_on(self._hold.reason)
+        else:
+            self._spawn(self._hold.end(self.qmp))
+            self._listener("VM_RELEASED", {"name": self.name})
+        self._tell_state()
+
+    def _on_layers(self, event: str, data: dict[str, Any]) -> None:
+        self._listener(event, {"name": self.name, **data})
+        self.refusals.set(Source.LAYERS, self.layers.reason)
+        if self.layers.reason:
+            # Nothing of an epoch under way is to depend on it either.
+            self._spawn(self._abandon_epoch())
+
+    async def _abandon_epoch(self) -> None:
+        with contextlib.suppress(HvaError):
+            await call(self.pager, "abandon")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._loose.add(task)
+        task.add_done_callback(self._loose.discard)
+
+    async def _settled(self) -> None:
+        """Wait for what was begun in the background."""
+        if self._loose:
+            await asyncio.wait(self._loose)
+
+    def _record_pause(self, ours: bool) -> None:
+        self._store(paused_for_hold=ours)
+
+    def _store(self, **changes: Any) -> None:
+        self.record = self.record.model_copy(update=changes)
+        with contextlib.suppress(HvaError):
+            self.folder.store(self.record)
 
     def _on_refusals(self, text: str) -> None:
         self._listener("RECLAIM_REFUSED" if text else "RECLAIM_ALLOWED", {"name": self.name, "reason": text})
@@ -388,18 +469,17 @@ class Vm:
 
     def pager_failed(self, error: Exception) -> None:
         self._listener("PAGER_FAILED", {"name": self.name, "error": str(error)})
-        self._fail(VmState.HELD, f"no pager can be started: {error}")
+        self._hold.without_pager(str(error))
+        self._can_not_go_on(self._hold.reason)
+        self._tell_state()
 
     def pager_back(self, seconds: float) -> None:
-        if self._state is VmState.HELD and not self._hold.active:
-            self._enter(VmState.RUNNING)
-        counted = {
-            "pager_restarts": self.record.pager_restarts + 1,
-            "pager_pause_s": max(seconds, self.record.pager_pause_s),
-        }
-        self.record = self.record.model_copy(update=counted)
-        with contextlib.suppress(HvaError):
-            self.folder.store(self.record)
+        self._hold.without_pager("")
+        self._tell_state()
+        self._spawn(self.learn_held())
+        self._store(
+            pager_restarts=self.record.pager_restarts + 1, pager_pause_s=max(seconds, self.record.pager_pause_s)
+        )
         self._listener("PAGER_STARTED", {"name": self.name, "pid": self.pager.pid, "seconds": seconds})
 
     async def _watch_qmp(self) -> None:
@@ -421,3 +501,4 @@ class Vm:
             self._fail(VmState.PANICKED, self._why_panicked())
         else:
             self._enter(VmState.PAUSED, status.status)
+        await self._hold.connected(self.qmp)

@@ -10,11 +10,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import ModelWrapValidatorHandler, RootModel, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    ModelWrapValidatorHandler,
+    RootModel,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from hvaqemu import strict_yaml
 from hvaqemu.fields import Config, Count, Flag, HostPath, Location, Name, Seconds, Size, Text, absolute, complain
 from hvaqemu.image_config import DEFAULT_IMAGE, ImageConfig
+from hvaqemu.qemu import user_args
 from hvaqemu.qemu.profile import PROFILES, MachineProfile
 
 
@@ -41,6 +49,18 @@ class ExtraDisk(Config):
     read_only: Flag = False
 
 
+def _without_line_ends(value: str) -> str:
+    if set(value) & set("\0\r\n"):
+        raise ValueError("must be one line")
+    return value
+
+
+def _argument(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL")
+    return value
+
+
 class VmConfig(Config):
     """One VM."""
 
@@ -53,6 +73,10 @@ class VmConfig(Config):
     #: An image's name, the path of a file that describes one, or the description itself.
     image: Annotated[str | ImageConfig, WrapValidator(_image_value)] = DEFAULT_IMAGE
     extra_disks: tuple[ExtraDisk, ...] = ()
+    #: Put behind the image's own on the guest kernel's command line.
+    kernel_args: Annotated[str, AfterValidator(_without_line_ends)] = ""
+    #: Put behind QEMU's own arguments; what would be unsafe is refused here.
+    qemu_args: tuple[Annotated[str, AfterValidator(_argument)], ...] = ()
     #: Whether the host may run commands in the guest.
     allow_exec: Flag = False
     #: Seconds from the start of QEMU until the guest agent must be connected.
@@ -77,6 +101,7 @@ class VmConfig(Config):
         for index, disk in enumerate(self.extra_disks):
             if first.setdefault(disk.path, index) != index:
                 wrong.append((("extra_disks", index, "path"), f"{disk.path} is already disk {first[disk.path]}"))
+        wrong += [(("qemu_args", index), why) for index, why in user_args.check(self.qemu_args)]
         complain(*wrong)
         return self
 

@@ -78,7 +78,7 @@ def build_command(profile: MachineProfile, config: VmConfig, files: LaunchFiles,
     # A guest that panicked stays for whoever looks at it; a child of QEMU would be unknown to the pager.
     command += ["-action", "panic=pause"]
     command += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny"]
-    return command
+    return [*command, *config.qemu_args]
 
 
 def shell_line(command: Sequence[str]) -> str:
@@ -102,7 +102,8 @@ def _accelerator(profile: MachineProfile, config: VmConfig) -> str:
 
 
 def _kernel_args(config: VmConfig, files: LaunchFiles) -> str:
-    return f"{files.kernel_args} hva.exec=1".strip() if config.allow_exec else files.kernel_args
+    switches = "hva.exec=1" if config.allow_exec else ""
+    return " ".join(part for part in (files.kernel_args, config.kernel_args, switches) if part)
 
 
 def _ram(config: VmConfig) -> dict[str, object]:

@@ -53,6 +53,8 @@ vms = st.builds(
     extra_disks=st.lists(
         st.builds(ExtraDisk, path=paths, read_only=st.booleans()), max_size=3, unique_by=lambda d: d.path
     ),
+    kernel_args=st.from_regex(r"[ -~]{0,20}", fullmatch=True),
+    qemu_args=st.lists(st.sampled_from(["-usb", "-no-reboot", "--snapshot"]), max_size=3).map(tuple),
     allow_exec=st.booleans(),
     boot_timeout=st.floats(1e-6, 1e6),
 )

@@ -74,6 +74,13 @@ def test_exec_switch_only_where_allowed() -> None:
     assert values(command(allowed, replace(FILES, kernel_args="")), "-append") == ["hva.exec=1"]
 
 
+def test_a_users_own_arguments_come_last() -> None:
+    own = ("-device", "virtio-tablet-ccw", "-usb")
+    argv = command(CONFIG.model_copy(update={"qemu_args": own, "kernel_args": "page_poison=1", "allow_exec": True}))
+    assert tuple(argv[-3:]) == own
+    assert values(argv, "-append") == ["root=/dev/vda rw page_poison=1 hva.exec=1"]
+
+
 def test_sockets_are_inherited() -> None:
     sockets = [value for value in values(command(), "-chardev") if value.startswith("socket")]
     assert sockets == ["socket,id=qmp,fd=7,server=on,wait=off", "socket,id=agent,fd=8,server=on,wait=off"]

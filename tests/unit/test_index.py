@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hva_host.agent.accounts import cached_bytes
 from hva_host.memory.index import LayerIndex, StaleIndexError, build_index
-from hva_host.memory.layers import Layer
+from hva_host.memory.layers import open_layer
 from hva_host.memory.native import LayerTable, equal_pages, fingerprints, lookup, zero_pages
 from hvaqemu.errors import HostError
 from hvaqemu.pages import PAGE_SIZE
@@ -45,8 +45,8 @@ def prints(index: LayerIndex, seeds: list[int]) -> np.ndarray:
 def test_lookup_finds_a_block_of_the_same_content_or_none(
     tmp_path_factory: pytest.TempPathFactory, layer: list[int], wanted: list[int]
 ) -> None:
-    image, path = make(tmp_path_factory.mktemp("index"), layer)
-    index = LayerIndex(path, image.stat())
+    _, path = make(tmp_path_factory.mktemp("index"), layer)
+    index = LayerIndex.load(path)
     for seed, block in zip(wanted, lookup(table(index), prints(index, wanted)).tolist(), strict=True):
         if seed not in layer:
             assert block == -1
@@ -56,8 +56,8 @@ def test_lookup_finds_a_block_of_the_same_content_or_none(
 
 
 def test_a_run_is_found_as_a_run_where_blocks_repeat(tmp_path: Path) -> None:
-    image, path = make(tmp_path, [1, 7, 2, 3, 7, 4])
-    index = LayerIndex(path, image.stat())
+    _, path = make(tmp_path, [1, 7, 2, 3, 7, 4])
+    index = LayerIndex.load(path)
     assert lookup(table(index), prints(index, [3, 7, 4])).tolist() == [3, 4, 5]
 
 
@@ -73,7 +73,7 @@ def test_holes_are_zeros_and_are_not_read(tmp_path: Path) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
     build_index(image, path)
-    index = LayerIndex(path, image.stat())
+    index = LayerIndex.load(path)
     assert lookup(table(index), prints(index, [1, 2, 3])).tolist() == [0, 2000, 2001]
     assert (index.fingerprints == prints(index, [0])[0]).sum() == 3997
     assert cached_bytes(image) < 1000 * PAGE_SIZE
@@ -98,23 +98,23 @@ def test_an_index_of_another_file_or_damaged_is_stale(tmp_path: Path) -> None:
     whole = path.read_bytes()
     os.utime(image, ns=(1, 1))
     with pytest.raises(StaleIndexError, match="another file"):
-        Layer(image, path)
+        open_layer(image, path)
     image, path = make(tmp_path, [1, 2, 3])
     path.chmod(0o600)
     damaged = bytearray(path.read_bytes())
     damaged[PAGE_SIZE] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(StaleIndexError, match="damaged"):
-        Layer(image, path)
+        open_layer(image, path)
     path.write_bytes(whole[: PAGE_SIZE + 8])
     with pytest.raises(StaleIndexError, match="damaged"):
-        Layer(image, path)
+        open_layer(image, path)
     path.write_bytes(b"")
     with pytest.raises(StaleIndexError):
-        Layer(image, path)
+        open_layer(image, path)
     path.unlink()
     with pytest.raises(StaleIndexError):
-        Layer(image, path)
+        open_layer(image, path)
 
 
 def test_what_is_no_image_is_not_indexed(tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def test_another_version_or_size_is_refused(fd: int) -> None:
     Ledger(os.dup(fd), 8)
     with pytest.raises(RefusedError, match="not one for 16 pages"):
         Ledger(os.dup(fd), 16)
-    os.pwrite(fd, (2).to_bytes(8, "little"), 8)
-    with pytest.raises(RefusedError, match="version 2"):
+    os.pwrite(fd, (3).to_bytes(8, "little"), 8)
+    with pytest.raises(RefusedError, match="version 3"):
         Ledger(os.dup(fd), 8)
 
 

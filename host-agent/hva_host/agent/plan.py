@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hva_host.agent.layer_watch import refuse_writers
 from hva_host.memory.index import StaleIndexError, build_index, fingerprint_file
-from hva_host.memory.layers import Layer
+from hva_host.memory.layers import open_layer
 from hva_images import GuestImage, ensure_image
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import HostError
@@ -67,7 +67,7 @@ def _ensure_index(image: Path, progress: Progress) -> Path:
         raise HostError(f"{error.filename}: {error.strerror}") from error
     path = folder / ("-".join(f"{number:x}" for number in fingerprint_file(status)) + ".idx")
     try:
-        Layer(image, path).close()
+        open_layer(image, path).close()
     except StaleIndexError:
         progress(f"indexing {image.name}")
         build_index(image, path)

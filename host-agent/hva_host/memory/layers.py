@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import xxhash
 from hva_host.memory.index import LayerIndex, StaleIndexError, fingerprint_file
 from hva_host.memory.ledger import LayerRecord
 from hva_host.memory.native import LayerTable, fingerprints
+from hva_host.memory.preloaded import preloaded
 from hvaqemu.errors import HostError
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SHIFT, PAGE_SIZE
 
 #: File systems that refuse RWF_NOWAIT and yet never wait.
@@ -28,50 +32,30 @@ class NotCached(Exception):
 
 
 class Layer:
-    """An open layer with its index. Read with ``pread`` only: a mapping would meet SIGBUS if the file were cut."""
+    """An open layer with its index. Read with ``pread`` only: a mapping would meet SIGBUS if the file were cut.
 
-    def __init__(self, path: Path, index_path: Path) -> None:
-        """Open the file and its index.
+    :ivar file: the open file; a fetch under way keeps the one it began with.
+    """
 
-        :raise HostError: the file can not be opened.
-        :raise StaleIndexError: the index is not of this file.
-        """
+    def __init__(self, path: Path, file: FileIO, index: LayerIndex, index_path: Path) -> None:
         self.path = path
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise HostError(f"layer {path}: {error.strerror}") from error
-        try:
-            self.status = os.fstat(self.fd)
-            self.index = LayerIndex(index_path, self.status)
-            if not self.index.verify():
-                raise StaleIndexError(f"{index_path}: damaged")
-        except BaseException:
-            os.close(self.fd)
-            raise
+        self.index = index
+        self._index_path = index_path
+        self.switch(file)
+
+    def switch(self, file: FileIO) -> None:
+        """Go on with another file in this one's place; what it holds is checked block by block as ever."""
+        self.file = file
+        self.fd = file.fileno()
+        self.status = os.fstat(self.fd)
         self._nowait = _can_refuse_to_wait(self.fd)
         self._in_memory = _file_system(self.status.st_dev) in _IN_MEMORY
-
-    @classmethod
-    def recorded(cls, record: LayerRecord) -> Layer:
-        """The layer a ledger recorded.
-
-        :raise LayerBetrayed: the file or its index is gone or is not the recorded one.
-        """
-        try:
-            layer = cls(Path(record.path), Path(record.index_path))
-        except HostError as error:
-            raise LayerBetrayed(error.message) from error
-        if (layer.index.seed, layer.index.digest) != (record.seed, record.digest):
-            layer.close()
-            raise LayerBetrayed(f"layer {record.path}: its index is not the one pages were discarded against")
-        return layer
 
     def record(self) -> LayerRecord:
         """What the ledger must keep of this layer."""
         device, inode, size, mtime_ns = fingerprint_file(self.status)
         return LayerRecord(
-            device, inode, size, mtime_ns, self.index.seed, self.index.digest, str(self.path), str(self.index.path)
+            device, inode, size, mtime_ns, self.index.seed, self.index.digest, str(self.path), str(self._index_path)
         )
 
     @property
@@ -87,7 +71,7 @@ class Layer:
         )
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.file.close()
 
     def read(self, block: int, count: int, into: memoryview, *, wait: bool) -> None:
         """Read ``count`` blocks from ``block`` on into the start of ``into``, unchecked.
@@ -100,6 +84,7 @@ class Layer:
             raise NotCached
         flags = os.RWF_NOWAIT if self._nowait and not wait else 0
         try:
+            reach("layer.read")
             got = os.preadv(self.fd, [into[:length]], offset, flags)
         except BlockingIOError as error:
             raise NotCached from error
@@ -119,6 +104,35 @@ class Layer:
             return int(found == self.index.fingerprints[block])
         wrong = np.flatnonzero(fingerprints(data, count, self.index.seed) != self.index.fingerprints[block:][:count])
         return int(wrong[0]) if len(wrong) else count
+
+
+def open_layer(path: Path, index_path: Path) -> Layer:
+    """A layer to match pages against.
+
+    :raise HostError: the file can not be opened.
+    :raise StaleIndexError: the index is missing, damaged, or not of this file.
+    """
+    file = open_image(path)
+    index = LayerIndex.load(index_path)
+    index = preloaded(index.seed, index.digest) or index
+    if index.identity != fingerprint_file(os.fstat(file.fileno())):
+        raise StaleIndexError(f"{index_path}: is of another file")
+    return Layer(path, file, index, index_path)
+
+
+def open_image(path: Path) -> FileIO:
+    """A layer's file for reading.
+
+    :raise HostError: it can not be opened, or is no regular file.
+    """
+    try:
+        # Never wait for whoever opens the other end of a FIFO in the file's place.
+        file = FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        raise HostError(f"layer {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise HostError(f"layer {path}: not a regular file")
+    return file
 
 
 def _can_refuse_to_wait(fd: int) -> bool:

@@ -2,7 +2,7 @@
 
 File layout (host byte order; the memfd never leaves the host)::
 
-    0        header page: magic, version, page count, then the counters
+    0        header page: magic, version, page count; counters at 512; the histogram of waits at 1024
     4096     LAYERS slots of 4096 bytes: the layers entries may name
     ENTRIES  one 8-byte entry a page
 
@@ -13,7 +13,9 @@ derived (totals, use counts) is derived at attach. Three rules every reader keep
 * an absent page is what its entry says,
 * an absent page without entry is ZERO (QEMU's balloon punched it, or it was never touched).
 
-The memfd lies in QEMU's table, so a compromised QEMU could write it: entries are bounds-checked before use.
+The memfd lies in QEMU's table, so a compromised QEMU could write it: entries are bounds-checked before use, and the
+memfd is sealed against being cut, which would end its readers by SIGBUS. All of it is allocated when it is laid out, so
+no store ever meets a host without memory.
 """
 
 from __future__ import annotations
@@ -23,21 +25,24 @@ import fcntl
 import mmap
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvaqemu.errors import RefusedError
+from hvaqemu.errors import HostError, RefusedError
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SIZE, Residence
 
 #: The memfd's name, given by the shim.
 LEDGER_NAME = "hva-ledger"
-VERSION = 1
+VERSION = 2
 LAYERS = 63
 _MAGIC = int.from_bytes(b"HVALEDGR", "little")
 _HEADER = struct.Struct("=QQQ")
 _COUNTERS_OFFSET = 512
+_HISTOGRAM_OFFSET = 1024
 _ENTRIES_OFFSET = (1 + LAYERS) * PAGE_SIZE
 
 _KIND_SHIFT = 60
@@ -48,6 +53,8 @@ _BLOCK_MASK = (1 << 40) - 1
 
 ZERO_ENTRY = Residence.ZERO << _KIND_SHIFT
 NO_ENTRY = 0
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _SLOT = struct.Struct("=QQQQQQQII")
 _VALID = 1
@@ -113,6 +120,7 @@ class Ledger:
     :ivar entries: uint64, shape ``(pages,)``; to be changed through :meth:`store` and :meth:`erase`.
     :ivar words: the same memory for single entries, several times faster than through numpy.
     :ivar counters: by :class:`Counter`.
+    :ivar histogram: memory for how long faults waited (:class:`hva_host.pager.stalls.Stalls`), writable bytes.
     """
 
     def __init__(self, fd: int, pages: int) -> None:
@@ -123,6 +131,7 @@ class Ledger:
 
         :param fd: owned from now on.
         :raise RefusedError: another process has it, or it is of another version or size.
+        :raise HostError: the host has no memory for it.
         """
         self.fd = fd
         try:
@@ -130,11 +139,11 @@ class Ledger:
         except OSError as error:
             raise RefusedError("another pager serves this VM", "leave it in charge, or end it first") from error
         size = _ENTRIES_OFFSET + pages * 8
-        fresh = os.fstat(fd).st_size == 0
-        if fresh:
+        if os.fstat(fd).st_size == 0:
             os.ftruncate(fd, size)
         elif os.fstat(fd).st_size != size:
             raise RefusedError(f"the VM's ledger is not one for {pages} pages of RAM")
+        _allocate(fd, size)
         self._map = mmap.mmap(fd, size)
         magic, version, stored_pages = _HEADER.unpack_from(self._map)
         if magic == 0:
@@ -152,6 +161,7 @@ class Ledger:
         self._totals = [0] * _KINDS
         self.count_totals()
         self.counters = memoryview(self._map)[_COUNTERS_OFFSET : _COUNTERS_OFFSET + 8 * len(Counter)].cast("Q")
+        self.histogram = memoryview(self._map)[_HISTOGRAM_OFFSET:PAGE_SIZE]
 
     def count(self, counter: Counter, by: int = 1) -> None:
         """Add to a counter."""
@@ -222,3 +232,17 @@ class Ledger:
         start = offset + _SLOT.size
         self._map[start : start + len(path) + len(index_path)] = path + index_path
         self._map[offset : offset + 8] = _VALID.to_bytes(8, "little")
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Give the ledger all of its memory, and keep its size as it is from now on (memfd_create(2), file sealing)."""
+    try:
+        reach("ledger.allocate")
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        raise HostError(
+            f"the VM's ledger: {error.strerror} for {-(-size >> 20)} MiB of host memory", "free memory on the host"
+        ) from error
+    # EPERM: sealed already, by an earlier pager.
+    with suppress(PermissionError):
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

@@ -58,6 +58,14 @@ def ensure_native() -> Path:
     return ensure_library(SOURCE, packages="gcc, libc6-dev and libxxhash-dev", flags=_vector_flags())
 
 
+def load_native() -> None:
+    """Load it now, so that processes forked from this one share it.
+
+    :raise HostError: as :func:`ensure_native`.
+    """
+    _library()
+
+
 def _vector_flags() -> list[str]:
     """XXH3 takes half the time with AVX2, which not every x86-64 has (proc_cpuinfo(5))."""
     try:

@@ -12,6 +12,7 @@ _libc.syscall.restype = ctypes.c_long
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 _SYS_PIDFD_GETFD = 438
+_PR_SET_NAME = 15
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -51,6 +52,11 @@ def lock_memory() -> None:
     :raise OSError: RLIMIT_MEMLOCK is too low.
     """
     _check(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT), "mlockall")
+
+
+def name_process(name: str) -> None:
+    """What tools show this process as, at most 15 bytes (PR_SET_NAME(2const))."""
+    _check(_libc.prctl(_PR_SET_NAME, ctypes.create_string_buffer(name.encode()[:15]), 0, 0, 0), "prctl")
 
 
 def userfaultfd() -> int:

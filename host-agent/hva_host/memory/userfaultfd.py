@@ -14,6 +14,7 @@ import struct
 from typing import NamedTuple
 
 from hvaqemu.errors import HostError, PeerLost
+from hvaqemu.faultpoints import reach
 
 _API = 0xC018AA3F
 _REGISTER = 0xC020AA00
@@ -147,6 +148,7 @@ class Userfaultfd:
         argument = self._copy_argument
         _copy.pack_into(argument, 0, target, source, length, 0, 0)
         try:
+            reach("uffd.copy")
             fcntl.ioctl(self.fd, _COPY, argument)
         except OSError as error:
             return _fill_error(error, _copy.unpack(argument)[4])
@@ -160,6 +162,7 @@ class Userfaultfd:
         argument = self._zero_argument
         _zeropage.pack_into(argument, 0, target, length, 0, 0)
         try:
+            reach("uffd.zero")
             fcntl.ioctl(self.fd, _ZEROPAGE, argument)
         except OSError as error:
             return _fill_error(error, _zeropage.unpack(argument)[3])
@@ -193,6 +196,7 @@ class Userfaultfd:
         argument = _writeprotect.pack(start, length, mode)
         while True:
             try:
+                reach("uffd.protect" if mode else "uffd.unprotect")
                 fcntl.ioctl(self.fd, _WRITEPROTECT, argument)
             except OSError as error:
                 # EAGAIN: the mapping is just being changed by QEMU; it is over in a moment.

@@ -1,4 +1,4 @@
-"""How long faults waited: a histogram of bounded size."""
+"""How long faults waited: a histogram of bounded size, in memory that may outlive the pager."""
 
 from __future__ import annotations
 
@@ -8,23 +8,38 @@ import math
 _PER_OCTAVE = 8
 _SHORTEST = 1e-7
 _BUCKETS = 40 * _PER_OCTAVE
+_SUM, _LONGEST = 0, 1
+STALLS_BYTES = 8 * (2 + _BUCKETS)
 
 
 class Stalls:
-    """Waiting times in seconds, from 0.1 µs to a day."""
+    """Waiting times in seconds, from 0.1 µs to a day.
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.sum = 0.0
-        self.longest = 0.0
-        self._buckets = [0] * _BUCKETS
+    :param memory: where to count, at least :data:`STALLS_BYTES` of it; goes on from what is counted there.
+    """
+
+    def __init__(self, memory: memoryview | None = None) -> None:
+        view = memoryview(bytearray(STALLS_BYTES)) if memory is None else memory[:STALLS_BYTES]
+        self._seconds = view[:16].cast("d")
+        self._buckets = view[16:].cast("Q")
+
+    @property
+    def count(self) -> int:
+        return sum(self._buckets)
+
+    @property
+    def sum(self) -> float:
+        return self._seconds[_SUM]
+
+    @property
+    def longest(self) -> float:
+        return self._seconds[_LONGEST]
 
     def add(self, seconds: float) -> None:
         """Count one wait."""
-        self.count += 1
-        self.sum += seconds
-        if seconds > self.longest:
-            self.longest = seconds
+        self._seconds[_SUM] += seconds
+        if seconds > self._seconds[_LONGEST]:
+            self._seconds[_LONGEST] = seconds
         bucket = int(math.log2(seconds / _SHORTEST) * _PER_OCTAVE) if seconds > _SHORTEST else 0
         self._buckets[min(bucket, _BUCKETS - 1)] += 1
 

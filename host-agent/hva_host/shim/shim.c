@@ -65,7 +65,8 @@ __attribute__((constructor)) static void hva_shim(void)
 		fail("environment");
 	if (open_userfaultfd() < 0)
 		fail_userfaultfd();
-	if (memfd_create("hva-ledger", MFD_CLOEXEC) < 0)
+	/* Sealed by its first pager: QEMU, should it be compromised, can not cut it and end pagers by SIGBUS. */
+	if (memfd_create("hva-ledger", MFD_CLOEXEC | MFD_ALLOW_SEALING) < 0)
 		fail("memfd hva-ledger");
 	if (memfd_create("hva-store", MFD_CLOEXEC) < 0)
 		fail("memfd hva-store");

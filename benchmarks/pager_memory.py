@@ -15,7 +15,7 @@ from hva_host.agent.epochs import EpochDriver
 from hva_host.agent.pager_process import PagerHandle
 from hva_host.memory.index import build_index
 from hva_host.memory.ledger import LEDGER_NAME
-from hva_host.pager.attach import descriptors
+from hva_host.pager.process_files import descriptors
 from hva_host.pager.epoch import Member
 from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.units import GiB, MiB

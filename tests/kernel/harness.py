@@ -15,12 +15,13 @@ from typing import Self
 import numpy as np
 
 from hva_host.memory.index import build_index
-from hva_host.memory.layers import Layer
+from hva_host.memory.layers import Layer, open_layer
 from hva_host.pager.attach import attach
 from hva_host.pager.epoch import Epoch, Member
 from hva_host.pager.fetch import Fetcher
 from hva_host.pager.prove import Prover
 from hva_host.pager.refaults import Refaults
+from hva_host.pager.sources import Sources
 
 PAGE = 4096
 PAGES = 64
@@ -42,7 +43,7 @@ class Guest:
         assert self.child.stdout is not None
         self.address = int(self.child.stdout.readline().split()[0])
         self.pidfd = os.pidfd_open(self.child.pid)
-        self.ram = attach(self.child.pid, self.pidfd)
+        self.ram = attach(self.child.pid, self.pidfd, Sources(self.child.pid, self.pidfd))
         self.fetcher = Fetcher()
         self.prover = Prover(self.ram)
         self.epoch: Epoch | None = None
@@ -144,4 +145,4 @@ def make_layer(folder: Path, blocks: list[bytes], name: str = "golden.raw") -> L
     path = folder / name
     path.write_bytes(b"".join(blocks))
     build_index(path, folder / f"{name}.idx")
-    return Layer(path, folder / f"{name}.idx")
+    return open_layer(path, folder / f"{name}.idx")

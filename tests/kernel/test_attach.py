@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from hva_host.memory.ledger import ZERO_ENTRY, Ledger
-from hva_host.pager.attach import attach, pinned_by
+from hva_host.pager.attach import attach
 from hva_host.pager.epoch import Member
+from hva_host.pager.refusals import pinned_by
+from hva_host.pager.sources import Sources
 from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import Run
 from tests.kernel.harness import PAGES, Guest, block, crc, make_layer
@@ -20,9 +22,12 @@ from tests.kernel.harness import PAGES, Guest, block, crc, make_layer
 ATTACH = """
 import os, sys
 from hva_host.pager.attach import attach
+from hva_host.pager.sources import Sources
 from hvaqemu.errors import HvaError
 try:
-    attach(int(sys.argv[1]), os.pidfd_open(int(sys.argv[1])))
+    pid = int(sys.argv[1])
+    pidfd = os.pidfd_open(pid)
+    attach(pid, pidfd, Sources(pid, pidfd))
 except HvaError as error:
     sys.exit(str(error))
 """
@@ -47,7 +52,9 @@ def test_a_second_attach_finds_the_ledger_and_delivers_what_was_read_and_not_ans
         guest.send("r 2")
         assert not guest.answered(0.05)
         assert len(guest.ram.uffd.read()) == 1, "read, and the pager dies before it answers"
-        guest.ram = attach(guest.child.pid, guest.pidfd)
+        layer = next(iter(guest.ram.layers.values()))
+        trusted = [(layer.path, Path(layer.record().index_path))]
+        guest.ram = attach(guest.child.pid, guest.pidfd, Sources(guest.child.pid, guest.pidfd, trusted))
         guest.refaults._ram = guest.ram
         assert guest.ram.layers
         assert int(guest.reply().split()[1]) == crc(blocks[2])
@@ -61,7 +68,7 @@ def test_a_process_without_the_shim_is_refused() -> None:
     child = subprocess.Popen(["sleep", "60"])
     try:
         with pytest.raises(RefusedError, match="without the shim"):
-            attach(child.pid, os.pidfd_open(child.pid))
+            attach(child.pid, (pidfd := os.pidfd_open(child.pid)), Sources(child.pid, pidfd))
     finally:
         child.kill()
         child.wait()
@@ -73,7 +80,7 @@ def test_a_process_that_is_gone() -> None:
     child.kill()
     child.wait()
     with pytest.raises((PeerLost, HvaError)):
-        attach(child.pid, pidfd)
+        attach(child.pid, pidfd, Sources(child.pid, pidfd))
 
 
 def test_a_ledger_of_another_version_is_refused(guest: Guest) -> None:

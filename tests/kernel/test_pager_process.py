@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from hva_host.agent.epochs import EpochDriver
+from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.memory.index import build_index
-from hva_host.pager.attach import descriptors
 from hva_host.pager.epoch import Member
+from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import HvaError, LaunchError, RefusedError
 from tests.kernel.harness import PAGE, block
 
@@ -44,7 +45,8 @@ class Vcpu:
         self.driver = EpochDriver(PAGES)
         self.held: list[dict[str, Any]] = []
         self.told_of_hold = asyncio.Event()
-        self.pager = PagerHandle(folder, self.on_event)
+        self.parent = PagerParent()
+        self.pager = PagerHandle(folder, self.parent, self.on_event)
         self.layers = ((folder / "golden.raw", folder / "golden.idx"),)
 
     def on_event(self, name: str, data: dict[str, Any]) -> None:
@@ -92,6 +94,7 @@ async def vcpu(tmp_path: Path) -> AsyncIterator[Vcpu]:
         found.child.wait()
         await found.pager.wait_ended(10)
         await found.pager.close()
+        found.parent.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(found.pager.pid, signal.SIGKILL)
 
@@ -115,7 +118,7 @@ async def test_a_killed_pager_is_replaced_and_nothing_is_lost(vcpu: Vcpu) -> Non
     reading = asyncio.create_task(vcpu.read(9))
     await asyncio.sleep(0.1)
     assert not reading.done(), "nobody serves, so the vCPU waits; it must not see zeros"
-    await vcpu.pager.start(vcpu.child.pid, vcpu.layers)
+    await vcpu.pager.start(vcpu.child.pid, vcpu.layers, anew=True)
     assert await reading == zlib.crc32(block(9))
     after = await call(vcpu.pager, "status")
     assert after["epochs"] == before["epochs"]
@@ -126,7 +129,7 @@ async def test_a_second_pager_is_refused_and_the_first_goes_on(vcpu: Vcpu, tmp_p
     await vcpu.discard()
     elsewhere = tmp_path / "second"
     elsewhere.mkdir()
-    second = PagerHandle(elsewhere, lambda _name, _data: None)
+    second = PagerHandle(elsewhere, vcpu.parent, lambda _name, _data: None)
     with pytest.raises(LaunchError, match="another pager serves this VM"):
         await second.start(vcpu.child.pid, ())
     assert second.link.lost.done(), "who watches a pager that never was must not wait for ever"
@@ -134,7 +137,7 @@ async def test_a_second_pager_is_refused_and_the_first_goes_on(vcpu: Vcpu, tmp_p
 
 
 async def test_a_pager_that_can_not_be_started_says_so_at_once(vcpu: Vcpu, tmp_path: Path) -> None:
-    handle = PagerHandle(tmp_path / "missing", lambda _name, _data: None)
+    handle = PagerHandle(tmp_path / "missing", vcpu.parent, lambda _name, _data: None)
     with pytest.raises(HvaError):
         await asyncio.wait_for(handle.start(vcpu.child.pid, ()), 5)
     assert handle.link.lost.done()

@@ -9,11 +9,12 @@ from typing import Any
 
 from hva_host.agent import records
 from hva_host.agent.lifecycle import adopt_vm, command_of, end_orphan, lives, start_vm
+from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.plan import Progress
 from hva_host.agent.records import VmFolder
 from hva_host.agent.vm import Listener, Vm
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import ConfigError, HvaError, PeerLost
+from hvaqemu.errors import ConfigError, HostError, HvaError, PeerLost
 from hvaqemu.paths import runtime_dir
 from hvaqemu.qemu.process import StopTimeouts
 
@@ -36,11 +37,15 @@ class Fleet:
         self._runtime = runtime
         self._embedded = embedded
         self._on_event = on_event
+        self._pagers = PagerParent()
         self._vms: dict[str, Vm] = {}
         self._names: dict[str, asyncio.Lock] = {}
 
     async def start(self) -> None:
         """Adopt the VMs nobody owns; what is left of dead ones is deleted."""
+        # Without it pagers that live still serve; it is tried again when one is needed.
+        with suppress(HostError):
+            await self._pagers.prepare()
         for name in records.names(self._runtime):
             try:
                 await self._adopt(name)
@@ -53,7 +58,7 @@ class Fleet:
             record = folder.load()
             if record is not None:
                 with suppress(PeerLost):
-                    self._vms[name] = await adopt_vm(folder, record, self._on_event)
+                    self._vms[name] = await adopt_vm(folder, record, self._pagers, self._on_event)
                     return
             await end_orphan(folder)
         except BaseException:
@@ -74,7 +79,7 @@ class Fleet:
             if name in self._vms:
                 await self._end(self._vms[name])
             folder = await self._claim(name)
-            vm = await start_vm(config, folder, progress, self._on_event, die_with_parent=self._embedded)
+            vm = await start_vm(config, folder, self._pagers, progress, self._on_event, die_with_parent=self._embedded)
             self._vms[name] = vm
             return vm
 
@@ -132,6 +137,7 @@ class Fleet:
                 await vm.close()
                 vm.folder.release()
         self._vms.clear()
+        await asyncio.to_thread(self._pagers.close)
 
 
 def prepare_command(config: VmConfig) -> list[str]:

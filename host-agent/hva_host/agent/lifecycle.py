@@ -9,6 +9,7 @@ from pathlib import Path
 from hva_host.agent import accounts, plan
 from hva_host.agent.layer_watch import content_of
 from hva_host.agent.pager_keeper import connect_or_start
+from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
@@ -28,7 +29,13 @@ _DYING_SECONDS = 2.0
 
 
 async def start_vm(
-    config: VmConfig, folder: VmFolder, progress: plan.Progress, listener: Listener, *, die_with_parent: bool
+    config: VmConfig,
+    folder: VmFolder,
+    pagers: PagerParent,
+    progress: plan.Progress,
+    listener: Listener,
+    *,
+    die_with_parent: bool,
 ) -> Vm:
     """A running VM whose guest agent is connected. Whatever goes wrong, nothing is left behind.
 
@@ -55,7 +62,7 @@ async def start_vm(
             layers=layers,
             contents=contents,
         )
-        vm = Vm(folder, record, process, listener)
+        vm = Vm(folder, record, process, pagers, listener)
         vm.qmp = qmp
         undo.push_async_callback(vm.stop, _KILL)
         folder.store(record)
@@ -75,13 +82,13 @@ async def start_vm(
     raise AssertionError("unreachable")
 
 
-async def adopt_vm(folder: VmFolder, record: VmRecord, listener: Listener) -> Vm:
+async def adopt_vm(folder: VmFolder, record: VmRecord, pagers: PagerParent, listener: Listener) -> Vm:
     """Take over a VM that another host agent left running.
 
     :raise PeerLost: its QEMU is gone.
     """
     process = QemuProcess.adopt(record.qemu_pid, record.qemu_start_time, folder.path / QEMU_LOG)
-    vm = Vm(folder, record, process, listener)
+    vm = Vm(folder, record, process, pagers, listener)
     events = _Relay()
     events.vm = vm
     vm.qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)

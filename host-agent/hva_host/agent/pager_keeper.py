@@ -41,7 +41,7 @@ async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Seq
     try:
         await pager.adopt()
     except HvaError:
-        await pager.start(process.pid, layers)
+        await pager.start(process.pid, layers, anew=True)
 
 
 async def keep_pager(

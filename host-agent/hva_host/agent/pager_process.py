@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
+import select
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from hva_host.agent.pager_link import CALL_SECONDS, PagerLink
-from hva_host.memory.native import ensure_native
-from hvaqemu.errors import HvaError, LaunchError, PeerLost
+from hva_host.agent.pager_parent import PagerParent
+from hvaqemu.errors import HvaError, LaunchError, PeerLost, RefusedError
 from hvaqemu.qemu import logs, sockets
 
 PAGER_SOCKET = "pager.sock"
@@ -24,27 +25,32 @@ _ATTACH_SECONDS = 20.0
 class PagerHandle:
     """The pager of one VM. The process outlives us; what is here is our link to it.
 
+    :param parent: forks it.
     :param on_event: gets the pager's events.
     """
 
-    def __init__(self, runtime: Path, on_event: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(self, runtime: Path, parent: PagerParent, on_event: Callable[[str, dict[str, Any]], None]) -> None:
         self._runtime = runtime
+        self._parent = parent
         self._on_event = on_event
-        self._child: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
         self.link = PagerLink(on_event)
         self.pid = 0
 
-    async def start(self, qemu_pid: int, layers: Sequence[tuple[Path, Path]]) -> None:
+    async def start(self, qemu_pid: int, layers: Sequence[tuple[Path, Path]], *, anew: bool = False) -> None:
         """Start a pager for a QEMU and wait until it serves.
 
         :param layers: image and index of each layer pages may be matched against.
+        :param anew: another pager served this QEMU before: a layer that can not be matched against any more must not
+            keep this one from serving what depends on it.
         :raise LaunchError: it could not attach; carries its words.
         """
         try:
-            self._spawn(qemu_pid)
+            await self._fork(qemu_pid, layers)
             await self._greet(_ATTACH_SECONDS)
             for image, index in layers:
-                await self.link.call("add-layer", {"path": str(image), "index": str(index)})
+                with suppress(RefusedError) if anew else nullcontext():
+                    await self.link.call("add-layer", {"path": str(image), "index": str(index)})
         except (HvaError, OSError) as error:
             await self.link.close()
             self.kill()
@@ -54,26 +60,17 @@ class PagerHandle:
             self.kill()
             raise
 
-    def _spawn(self, qemu_pid: int) -> None:
-        ensure_native()
+    async def _fork(self, qemu_pid: int, layers: Sequence[tuple[Path, Path]]) -> None:
         path = self._runtime / PAGER_SOCKET
         path.unlink(missing_ok=True)
+        self._forget()
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         log = os.open(self._runtime / PAGER_LOG, flags, 0o600)
         try:
             with sockets.listen(path) as listener:
-                fd = listener.fileno()
-                self._child = subprocess.Popen(
-                    [sys.executable, "-m", "hva_host.pager", "--pid", str(qemu_pid), "--listen", str(fd)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[fd],
-                    start_new_session=True,
-                )
+                self.pid, self._pidfd = await self._parent.fork(qemu_pid, layers, listener.fileno(), log)
         finally:
             os.close(log)
-        self.pid = self._child.pid
 
     async def adopt(self) -> None:
         """Connect to the pager that serves already.
@@ -96,9 +93,9 @@ class PagerHandle:
 
     def kill(self) -> None:
         """End a pager we started that is of no use."""
-        if self._child is not None and self._child.poll() is None:
-            self._child.kill()
-            self._child.wait()
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def wait_ended(self, timeout: float) -> None:
         """Wait for a pager whose QEMU has ended; it ends by itself. One that does not in time is killed.
@@ -106,19 +103,26 @@ class PagerHandle:
         Never raises: nothing depends on a pager without QEMU.
         """
         await asyncio.wait({self.link.lost}, timeout=timeout)
-        if self._child is None:
-            return
-        try:
-            await asyncio.to_thread(self._child.wait, timeout)
-        except subprocess.TimeoutExpired:
+        if self._pidfd >= 0 and not await asyncio.to_thread(_readable, self._pidfd, timeout):
             self.kill()
+            await asyncio.to_thread(_readable, self._pidfd, timeout)
 
     async def close(self) -> None:
         """Let go of the pager; it goes on."""
         await self.link.close()
-        if self._child is not None and self._child.poll() is None:
-            # Popen warns of children it still has; this one outlives us on purpose.
-            self._child.returncode = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _readable(fd: int, timeout: float) -> bool:
+    """Whether a descriptor becomes readable within ``timeout`` seconds; a pidfd does when its process has ended."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(timeout * 1000))
 
 
 async def call(handle: PagerHandle, command: str, timeout: float = CALL_SECONDS) -> dict[str, Any]:

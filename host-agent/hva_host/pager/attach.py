@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 
 from hva_host.memory.backing import Backing
-from hva_host.memory.layers import Layer, LayerBetrayed
+from hva_host.memory.layers import LayerBetrayed
 from hva_host.memory.ledger import LEDGER_NAME, Ledger
 from hva_host.memory.syscalls import pidfd_getfd
 from hva_host.memory.userfaultfd import Userfaultfd
 from hva_host.pager import refusals
-from hva_host.pager.process_files import descriptors as descriptors
-from hva_host.pager.process_files import mappings as mappings
+from hva_host.pager.process_files import descriptors
 from hva_host.pager.ram import Ram
-from hva_host.pager.refusals import pinned_by as pinned_by
+from hva_host.pager.sources import Sources
 from hvaqemu.errors import HostError, PeerLost, RefusedError
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SHIFT, Run
 
 _UFFD = "anon_inode:[userfaultfd]"
@@ -27,11 +27,12 @@ _STORE = "/memfd:hva-store (deleted)"
 _RAM = "/memfd:memory-backend-memfd (deleted)"
 
 
-def attach(pid: int, pidfd: int) -> Ram:
+def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
     """Take charge of a QEMU's RAM.
 
+    :param sources: finds the layers that pages depend on.
     :raise RefusedError: another pager serves it, or its RAM is not of a kind that can be paged.
-    :raise HostError: not permitted.
+    :raise HostError: not permitted, or the host has no memory for the ledger.
     :raise PeerLost: it is gone.
     """
     links = descriptors(pid)
@@ -40,16 +41,23 @@ def attach(pid: int, pidfd: int) -> Ram:
     ram_fd = _take(pidfd, links, _RAM, f"process {pid} has no guest RAM in a memfd")
     uffd = Userfaultfd(_take(pidfd, links, _UFFD, f"process {pid} has no userfaultfd: it runs without the shim"))
     backing = Backing(ram_fd)
-    refusals.refuse(pid, backing)
     base = refusals.mapped_at(pid, backing)
     ledger = Ledger(ledger_fd, backing.pages)
+    reach("pager.attach.locked")
+    if not any(ledger.totals().values()):
+        # A guest with discarded pages needs its pager whatever was plugged in since: only epochs are refused then.
+        refusals.refuse(pid, backing)
     uffd.handshake()
     uffd.register(base, backing.pages << PAGE_SHIFT)
+    reach("pager.attach.registered")
     ram = Ram(uffd, base, backing, ledger, store_fd)
-    _open_layers(ram)
+    _open_layers(ram, sources)
     ram.erase_present(0, ram.pages)
+    reach("pager.attach.erased")
     ram.unprotect(Run(0, ram.pages))
+    reach("pager.attach.unprotected")
     ram.wake(Run(0, ram.pages))
+    reach("pager.attach.woken")
     return ram
 
 
@@ -77,9 +85,9 @@ def _take(pidfd: int, links: dict[int, str], wanted: str, missing: str) -> int:
     return taken[0]
 
 
-def _open_layers(ram: Ram) -> None:
+def _open_layers(ram: Ram, sources: Sources) -> None:
     for slot, record in ram.ledger.layers().items():
         try:
-            ram.layers[slot] = Layer.recorded(record)
+            ram.layers[slot] = sources.layer(record)
         except LayerBetrayed as error:
             ram.broken[slot] = error.message

@@ -26,6 +26,7 @@ from hva_host.memory.ledger import ZERO_ENTRY, Counter
 from hva_host.memory.runs import runs_of, runs_of_pfns
 from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import Run
 
 IDENTIFIER_BYTES = 16
@@ -136,14 +137,19 @@ class Epoch:
         """
         try:
             yield from self._sift()
+            reach("pager.epoch.sifted")
             yield from self._timed("protect", self._protect())
+            reach("pager.epoch.protected")
             self.identifier = os.urandom(8) + self.number.to_bytes(8, "big")
             yield from self._timed("prove", self._prove_copies())
+            reach("pager.epoch.proven")
             yield from self._timed("confirm", self._await_confirmation())
+            reach("pager.epoch.confirmed")
             yield from self._timed("discard", self._discard_unused())
+            reach("pager.epoch.discarded")
         except OSError as error:
             # The host has no memory for page tables or for punching: what is done is done right, the rest stays.
-            self.abandon(f"abandoned: {error.strerror or error}")
+            self.abandon(f"abandoned while {self.phase}: {error.strerror or error}")
         self._members[:] = Member.OUT
         yield from self._timed("protect", self._unprotect())
         self.phase = Phase.DONE
@@ -176,6 +182,7 @@ class Epoch:
             # Noted first: a protection that fails half-way has protected some of the run.
             self._protected.append(run)
             self._ram.protect(run)
+            reach("pager.epoch.protecting")
             if time.monotonic() > until:
                 yield Step.WORK
                 until = time.monotonic() + _SLICE_SECONDS
@@ -222,6 +229,7 @@ class Epoch:
             return False
         entries, postponed = self._prover.prove(pfns)
         proven = entries != 0
+        reach("pager.epoch.compared")
         # No event was answered since the membership was looked at: all of these are still in.
         self._discard(pfns[proven], entries[proven])
         unmatched = ~proven & ~postponed
@@ -266,6 +274,7 @@ class Epoch:
         until = time.monotonic() + _SLICE_SECONDS
         for run in self._protected:
             self._ram.unprotect(run)
+            reach("pager.epoch.unprotecting")
             if time.monotonic() > until:
                 yield Step.WORK
                 until = time.monotonic() + _SLICE_SECONDS

@@ -17,6 +17,7 @@ from hva_host.memory.layers import Layer
 from hva_host.memory.ledger import LAYERS, Counter, Ledger
 from hva_host.memory.userfaultfd import Userfaultfd
 from hvaqemu.errors import PeerLost, RefusedError
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SHIFT, Run
 
 
@@ -88,13 +89,16 @@ class Ram:
         :raise OSError: the kernel could not punch; pages still present have no entry then.
         """
         self.ledger.store(pfns, entries)
+        reach("pager.discard.stored")
         try:
             for run in runs:
+                reach("pager.discard.punch")
                 self.backing.punch(run)
         except OSError:
             for run in runs:
                 self.erase_present(run.start, run.stop)
             raise
+        reach("pager.discard.punched")
         self.ledger.count(Counter.DISCARDED_PAGES, len(pfns))
 
     def erase_present(self, start: int, stop: int) -> None:

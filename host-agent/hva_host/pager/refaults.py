@@ -24,9 +24,11 @@ from hva_host.pager.ram import PageBuffer, Ram
 from hva_host.pager.stalls import Stalls
 from hva_host.pager.streams import AROUND, AROUND_MAX, Streams
 from hvaqemu.errors import PeerLost
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SHIFT, Residence, Run
 
 _RETRY_SECONDS = 0.005
+UNSERVED_MAX = 4096
 
 
 class Held(NamedTuple):
@@ -51,10 +53,13 @@ class Refaults:
         self._waiting: dict[int, float] = {}
         self._retry: dict[int, float] = {}
         self._steps = np.arange(AROUND_MAX, dtype=np.uint64)
+        #: Pages somebody waits for, and whose fault must not be answered.
         self.held: dict[int, Held] = {}
         #: A page was held since somebody last cleared this.
         self.newly_held = False
-        self.stalls = Stalls()
+        #: Pages that could not be filled though nobody waits for them, at most :data:`UNSERVED_MAX`.
+        self.unserved: dict[int, Held] = {}
+        self.stalls = Stalls(ram.ledger.histogram)
 
     def answer(self, faults: list[Fault], ready_at: float) -> None:
         """Answer what was read from the userfaultfd.
@@ -62,6 +67,7 @@ class Refaults:
         :param ready_at: when the faults became readable, on the monotonic clock, in seconds.
         :raise PeerLost: QEMU is gone.
         """
+        reach("pager.refault.read")
         for fault in faults:
             pfn = self._ram.pfn(fault.address)
             if pfn is None:
@@ -69,6 +75,7 @@ class Refaults:
                 self._ram.uffd.wake(fault.address, 1 << PAGE_SHIFT)
             elif fault.write_protect:
                 self._leave(pfn, pfn + 1)
+                reach("pager.write.left")
                 self._ram.unprotect(Run(pfn, 1))
                 self._ram.ledger.count(Counter.WRITE_FAULTS)
                 self.stalls.add(time.monotonic() - ready_at)
@@ -87,9 +94,6 @@ class Refaults:
             discarded = np.flatnonzero(self._ram.ledger.entries[ahead.next : ahead.stop])
             start = ahead.next + int(discarded[0]) if len(discarded) else ahead.stop
             filled = self.fill(start, min(AROUND, ahead.stop - start)) if start < ahead.stop else 0
-            if not filled and start not in self._waiting:
-                # Nobody asked for this page yet: a block that has changed holds nobody.
-                self.held.pop(start, None)
             self._streams.filled(ahead, start + filled)
         return self._streams.reading_ahead
 
@@ -110,7 +114,7 @@ class Refaults:
             return self._filled(run, ram.uffd.zero(ram.address(pfn), run.pages << PAGE_SHIFT))
         if kind == Residence.LAYER:
             return self._fill_from_layer(entry, self._layer_run(pfn, entry, length))
-        self._hold(Run(pfn, 1), "ledger", f"damaged entry {entry:#018x}")
+        self._can_not_serve(pfn, "ledger", f"damaged entry {entry:#018x}")
         return 0
 
     def fetched(self, result: Fetched) -> None:
@@ -130,7 +134,7 @@ class Refaults:
             # A neighbour's block may be the one that can not be read.
             self.fill(run.start, 1)
         elif result.error:
-            self._hold(Run(run.start, 1), result.layer, result.error)
+            self._can_not_serve(run.start, result.layer, result.error)
         else:
             whole = Run(run.start, count)
             self._buffer.view[: count << PAGE_SHIFT] = result.data[: count << PAGE_SHIFT]
@@ -184,11 +188,11 @@ class Refaults:
         slot, block = entry_layer(entry), entry_block(entry)
         layer = self._ram.layers.get(slot)
         if layer is None:
-            self._hold(Run(run.start, 1), f"slot {slot}", self._ram.broken.get(slot, "no such layer"))
+            self._can_not_serve(run.start, f"slot {slot}", self._ram.broken.get(slot, "no such layer"))
             return 0
         if block + run.pages > layer.blocks:
             if block >= layer.blocks:
-                self._hold(Run(run.start, 1), str(layer.path), f"no block {block}")
+                self._can_not_serve(run.start, str(layer.path), f"no block {block}")
                 return 0
             run = Run(run.start, layer.blocks - block)
         try:
@@ -199,7 +203,7 @@ class Refaults:
         except LayerBetrayed as error:
             if run.pages > 1:
                 return self._fill_from_layer(entry, Run(run.start, 1))
-            self._hold(run, str(layer.path), error.message)
+            self._can_not_serve(run.start, str(layer.path), error.message)
             return 0
         return self._serve_checked(entry, run)
 
@@ -208,16 +212,18 @@ class Refaults:
         layer = self._ram.layers[entry_layer(entry)]
         right = layer.check(entry_block(entry), run.pages, self._buffer.view)
         if right == 0:
-            self._hold(Run(run.start, 1), str(layer.path), f"block {entry_block(entry)} has changed")
+            self._can_not_serve(run.start, str(layer.path), f"block {entry_block(entry)} has changed")
             return 0
         run = Run(run.start, right)
         self._leave(run.start, run.stop)
+        reach("pager.refault.checked")
         ram = self._ram
         return self._filled(run, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.pages << PAGE_SHIFT))
 
     def _filled(self, run: Run, result: FillResult) -> int:
         ram = self._ram
         count = result.filled >> PAGE_SHIFT
+        reach("pager.refault.filled")
         if self.held:
             for pfn in [pfn for pfn in self.held if run.start <= pfn < run.start + max(count, 1)]:
                 del self.held[pfn]
@@ -246,7 +252,10 @@ class Refaults:
         for pfn in [pfn for pfn in self._waiting if pfn in pfns]:
             self.stalls.add(now - self._waiting.pop(pfn))
 
-    def _hold(self, run: Run, layer: str, reason: str) -> None:
-        for pfn in range(run.start, run.stop):
+    def _can_not_serve(self, pfn: int, layer: str, reason: str) -> None:
+        """Only a page somebody waits for holds the VM; another may be right again before anybody asks for it."""
+        if pfn in self._waiting:
             self.newly_held |= pfn not in self.held
             self.held[pfn] = Held(layer, reason)
+        elif len(self.unserved) < UNSERVED_MAX:
+            self.unserved[pfn] = Held(layer, reason)

@@ -1,0 +1,127 @@
+"""The host agent's end of the parent that its pagers are forked from (:mod:`hva_host.pager.parent`)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hva_host.memory.native import ensure_native
+from hva_host.pager.parent import REQUEST_MAX
+from hvaqemu.errors import HostError, LaunchError
+
+#: Far more than importing everything takes on a loaded machine.
+_ANSWER_SECONDS = 20.0
+_END_SECONDS = 5.0
+#: One thread of numpy's linear algebra, which pagers do not use: a process with threads must not fork.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+
+
+class Forked(NamedTuple):
+    """A pager's process: its number, and a descriptor (owned by who gets this) that means it and no other."""
+
+    pid: int
+    pidfd: int
+
+
+class PagerParent:
+    """Forks pagers; one for all VMs of a host agent. It ends with the host agent, pagers do not."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        #: One request at a time; held in threads.
+        self._lock = threading.Lock()
+
+    async def prepare(self) -> None:
+        """Start it now, so that the first pager needs not wait for it.
+
+        :raise HostError: it can not be started.
+        """
+        await asyncio.to_thread(self._locked_start)
+
+    async def fork(self, qemu_pid: int, layers: Sequence[tuple[Path, Path]], listener: int, log: int) -> Forked:
+        """A new pager for a QEMU; whether it can attach shows on its socket and in its log.
+
+        :param layers: image and index of each layer that pages may depend on.
+        :param listener: descriptor of a listening unix socket; ``log``: where its words go. Both stay the caller's.
+        :raise LaunchError: it could not be forked.
+        :raise HostError: the parent can not be started.
+        """
+        request = {"pid": qemu_pid, "layers": [[str(image), str(index)] for image, index in layers]}
+        return await asyncio.to_thread(self._fork, json.dumps(request).encode(), [listener, log])
+
+    def close(self) -> None:
+        """End it; the pagers go on."""
+        with self._lock:
+            self._end()
+
+    def _locked_start(self) -> None:
+        with self._lock:
+            self._start()
+
+    def _start(self) -> socket.socket:
+        if self._control is not None and self._process is not None and self._process.poll() is None:
+            return self._control
+        self._end()
+        ensure_native()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                fd = theirs.fileno()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "hva_host.pager.parent", "--control", str(fd)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[fd],
+                    env=os.environ | _ENVIRONMENT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            raise HostError(f"the parent of pagers can not be started: {error.strerror}") from error
+        ours.settimeout(_ANSWER_SECONDS)
+        self._control = ours
+        return ours
+
+    def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            try:
+                self._process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _fork(self, request: bytes, descriptors: list[int]) -> Forked:
+        with self._lock:
+            for attempt in (1, 2):
+                control = self._start()
+                try:
+                    socket.send_fds(control, [request], descriptors)
+                    data, received, _, _ = socket.recv_fds(control, REQUEST_MAX, 1)
+                    if data:
+                        return _forked(json.loads(data), received)
+                    why = "it hung up"
+                except OSError as error:
+                    why = error.strerror or str(error)
+                # It was killed, perhaps just now: another will do. Its late answer must not be taken for the next one.
+                self._end()
+                if attempt == 2:
+                    raise LaunchError(f"the parent of pagers does not answer: {why}")
+        raise AssertionError("unreachable")
+
+
+def _forked(answer: dict[str, Any], received: list[int]) -> Forked:
+    if "error" in answer or not received:
+        raise LaunchError(str(answer.get("error", "a pager without a pidfd")))
+    return Forked(int(answer["pid"]), received[0])

@@ -1,0 +1,195 @@
+"""What a host agent can ask of a pager (:mod:`hva_host.pager.messages` lists it), and what it is told unasked."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hva_host.memory.layers import open_layer
+from hva_host.memory.ledger import VERSION, Counter
+from hva_host.pager import refusals
+from hva_host.pager.epoch import Epoch, Phase
+from hva_host.pager.fetch import Fetcher
+from hva_host.pager.messages import Message
+from hva_host.pager.prove import Prover
+from hva_host.pager.ram import Ram
+from hva_host.pager.refaults import Refaults
+from hva_host.pager.restore import restore
+from hva_host.pager.server import Client, Server
+from hva_host.pager.sources import Sources
+from hva_host.pager.work import Work
+from hvaqemu.errors import HvaError, PeerLost, RefusedError
+from hvaqemu.pages import Residence
+
+_HELD_SHOWN = 64
+
+
+class Commands:
+    """The commands on one VM's pager.
+
+    :param pid: the QEMU.
+    """
+
+    def __init__(
+        self, pid: int, ram: Ram, refaults: Refaults, fetcher: Fetcher, work: Work, server: Server, sources: Sources
+    ) -> None:
+        self._pid = pid
+        self._ram = ram
+        self._refaults = refaults
+        self._fetcher = fetcher
+        self._work = work
+        self._server = server
+        self._sources = sources
+        self._prover = Prover(ram)
+        self._announced = -1
+        self._commands: dict[str, Callable[[Message, bytes], dict[str, Any]]] = {
+            "hello": self._hello,
+            "add-layer": self._add_layer,
+            "begin-epoch": self._begin_epoch,
+            "confirm": self._confirm,
+            "abandon": self._abandon,
+            "resume": self._resume,
+            "status": self._status,
+        }
+
+    def execute(self, client: Client, message: Message, payload: bytes) -> None:
+        """Do what a message asks and answer it.
+
+        :raise PeerLost: QEMU is gone.
+        """
+        answer: Message = {"id": message.get("id")}
+        command = message.get("execute")
+        arguments = message.get("arguments") or {}
+        try:
+            if command == "restore":
+                self._begin_restore(client, message)
+                return
+            if command not in self._commands:
+                raise RefusedError(f"the pager knows no command {command!r}")
+            answer["return"] = self._commands[command](arguments, payload)
+        except PeerLost:
+            raise
+        except (HvaError, KeyError, ValueError, TypeError) as error:
+            answer["error"] = str(error)
+        self._server.reply(client, answer)
+
+    def announce(self) -> None:
+        """Tell what has come about since the last call: an epoch that is protected, pages that are held."""
+        if self._work.epoch is not None:
+            self._announce_protected(self._work.epoch)
+        if self._refaults.newly_held:
+            self._refaults.newly_held = False
+            if self._refaults.held:
+                self._server.broadcast({"event": "held", "data": {"held": self._held()}})
+
+    def _announce_protected(self, epoch: Epoch) -> None:
+        if epoch.identifier and epoch.number != self._announced:
+            self._announced = epoch.number
+            data = {"epoch": epoch.identifier.hex(), "number": epoch.number, "wants": epoch.wants_confirmation()}
+            self._server.broadcast({"event": "protected", "data": data})
+
+    def _hello(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
+        return {"pages": self._ram.pages, "pid": os.getpid(), "version": VERSION}
+
+    def _add_layer(self, arguments: Message, _payload: bytes) -> dict[str, Any]:
+        path, index = Path(arguments["path"]), Path(arguments["index"])
+        slot = self._ram.add_layer(open_layer(path, index))
+        self._sources.trust(path, index)
+        return {"slot": slot}
+
+    def _begin_epoch(self, arguments: Message, payload: bytes) -> dict[str, Any]:
+        self._work.refuse_when_busy()
+        refusals.refuse(self._pid, self._ram.backing)
+        deadline = time.monotonic() + float(arguments["seconds"])
+        epoch = Epoch(self._ram, self._prover, np.frombuffer(payload, np.uint8), deadline)
+        self._work.begin(epoch.steps(), lambda: self._epoch_done(epoch), epoch)
+        return {"number": epoch.number}
+
+    def _epoch_done(self, epoch: Epoch) -> None:
+        # A short one is protected and done in one step.
+        self._announce_protected(epoch)
+        data = {
+            "number": epoch.number,
+            **epoch.counts,
+            "discarded": epoch.counts["discarded_zero"] + epoch.counts["discarded_layer"],
+            "resident_before": epoch.resident_before,
+            "seconds": epoch.seconds,
+            "note": epoch.note,
+        }
+        self._server.broadcast({"event": "epoch-done", "data": data})
+
+    def _confirm(self, arguments: Message, payload: bytes) -> dict[str, Any]:
+        free = np.unpackbits(np.frombuffer(payload, np.uint8), count=self._ram.pages).astype(np.bool_)
+        epoch = self._work.epoch
+        accepted = epoch is not None and epoch.confirm(bytes.fromhex(arguments["epoch"]), int(arguments["round"]), free)
+        if accepted:
+            self._work.hurry()
+        return {"accepted": accepted}
+
+    def _abandon(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
+        if self._work.epoch is not None:
+            self._work.epoch.abandon("its host agent gave it up")
+            self._work.hurry()
+        return {}
+
+    def _begin_restore(self, client: Client, message: Message) -> None:
+        before = sum(self._ram.ledger.totals().values())
+
+        def done() -> None:
+            left = sum(self._ram.ledger.totals().values())
+            why = {held.reason for held in (*self._refaults.held.values(), *self._refaults.unserved.values())}
+            answer = {"pages": before - left, "left": left, "why": "; ".join(sorted(why)[:3])}
+            self._server.reply(client, {"id": message.get("id"), "return": answer})
+
+        self._work.begin(restore(self._ram, self._refaults, self._fetcher), done)
+
+    def _resume(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
+        for slot, record in self._ram.ledger.layers().items():
+            if slot in self._ram.broken:
+                with suppress(HvaError):
+                    self._ram.layers[slot] = self._sources.layer(record)
+                    del self._ram.broken[slot]
+        left = self._refaults.resume()
+        for slot, layer in self._ram.layers.items() if left else ():
+            # The operator may have put a right file in the place of the one that is open.
+            for file in self._sources.files(self._ram.ledger.layers()[slot]):
+                if left and not os.path.sameopenfile(file.fileno(), layer.fd):
+                    layer.switch(file)
+                    left = self._refaults.resume()
+        return {"held": left}
+
+    def _status(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
+        totals = self._ram.ledger.totals()
+        counters = self._ram.ledger.counters
+        epoch = self._work.epoch
+        return {
+            "backing_bytes": self._ram.backing.used_bytes(),
+            "zero_pages": totals[Residence.ZERO],
+            "layer_pages": totals[Residence.LAYER],
+            "preserved_pages": totals[Residence.PRESERVED],
+            "refaults": int(counters[Counter.REFAULTS]),
+            "refault_pages": int(counters[Counter.REFAULT_PAGES]),
+            "discarded_pages": int(counters[Counter.DISCARDED_PAGES]),
+            "first_touches": int(counters[Counter.FIRST_TOUCHES]),
+            "write_faults": int(counters[Counter.WRITE_FAULTS]),
+            "epochs": int(counters[Counter.EPOCHS]),
+            "store_bytes": self._ram.store_bytes(),
+            "stalls": self._refaults.stalls.as_dict(),
+            "phase": epoch.phase if epoch else Phase.DONE,
+            "held": self._held(),
+        }
+
+    def _held(self) -> list[dict[str, Any]]:
+        grouped: dict[tuple[str, str], list[int]] = {}
+        for pfn, (layer, reason) in self._refaults.held.items():
+            grouped.setdefault((layer, reason), []).append(pfn)
+        return [
+            {"layer": layer, "reason": reason, "pages": sorted(pages)[:_HELD_SHOWN]}
+            for (layer, reason), pages in list(grouped.items())[:_HELD_SHOWN]
+        ]

@@ -1,0 +1,198 @@
+"""A pager that dies at named points and is replaced by the host agent's keeper, and a guest that checks its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hva_host.agent.epochs import EpochDriver
+from hva_host.agent.guest_link import GuestLink
+from hva_host.agent.pager_keeper import keep_pager
+from hva_host.agent.pager_parent import PagerParent
+from hva_host.agent.pager_process import PagerHandle
+from hva_host.memory.index import build_index
+from hva_host.pager.epoch import Member
+from hva_host.pager.process_files import descriptors
+from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
+from hvaqemu.faultpoints import VARIABLE
+from hvaqemu.qemu.process import QemuProcess
+from tests.kernel.harness import PAGE, block
+
+COPIES, FREE, PRECIOUS = range(64), range(64, 128), range(128, 256)
+PAGES = 256
+
+
+class Machine:
+    """A child in QEMU's place, its pager, and who replaces that when it dies.
+
+    :param points: fault points, each armed by :meth:`arm`.
+    """
+
+    def __init__(self, folder: Path, points: dict[str, str]) -> None:
+        self.folder = folder
+        self.points = points
+        self.restarts = 0
+        self._back = asyncio.Event()
+        self.failures: list[Exception] = []
+        self.layers = ((folder / "golden.raw", folder / "golden.idx"),)
+        self.child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("vcpu.py")), str(PAGES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert self.child.stdout is not None
+        self.child.stdout.readline()
+        self.expected: dict[int, set[int]] = {}
+        self._lock = asyncio.Lock()
+        self.driver = EpochDriver(PAGES)
+        self.parent = PagerParent()
+        self.pager = PagerHandle(folder, self.parent, self.driver.on_pager_event)
+        self.process: QemuProcess | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Fill RAM, attach the pager, keep it."""
+        golden = self.folder / "golden.raw"
+        golden.write_bytes(b"".join(block(pfn) for pfn in COPIES))
+        build_index(golden, self.folder / "golden.idx")
+        links = descriptors(self.child.pid)
+        ram = next(fd for fd, link in links.items() if "memory-backend" in link)
+        content = [block(pfn) for pfn in range(PAGES)]
+        await asyncio.to_thread(Path(f"/proc/{self.child.pid}/fd/{ram}").write_bytes, b"".join(content))
+        for pfn, data in enumerate(content):
+            self.expected[pfn] = {zlib.crc32(data)}
+        faults = ",".join(f"{name}:{action}:{self.folder / name}" for name, action in self.points.items())
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = faults
+        try:
+            await self.parent.prepare()
+        finally:
+            os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
+        stat = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
+        self.process = QemuProcess.adopt(self.child.pid, int(stat[19]), self.folder / "log")
+        await self.pager.start(self.child.pid, self.layers)
+        self._keeper = asyncio.create_task(keep_pager(self.pager, self.process, self.layers, self))
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+        self.child.kill()
+        self.child.wait()
+        await self.pager.wait_ended(10)
+        await self.pager.close()
+        self.parent.close()
+        if self.process is not None:
+            self.process.close()
+        for stream in (self.child.stdin, self.child.stdout):
+            if stream is not None:
+                stream.close()
+
+    def arm(self, name: str) -> None:
+        """Have the next process that comes to the point act on it."""
+        (self.folder / name).touch()
+
+    def armed(self, name: str) -> bool:
+        """Has nobody come to the point since?"""
+        return (self.folder / name).exists()
+
+    # What becomes of the pager
+
+    def pager_lost(self) -> None:
+        pass
+
+    def pager_failed(self, error: Exception) -> None:
+        self.failures.append(error)
+
+    def pager_back(self, seconds: float) -> None:
+        self.restarts += 1
+        self._back.set()
+
+    async def restarted(self, times: int) -> None:
+        """Wait for so many restarts."""
+        async with asyncio.timeout(20):
+            while self.restarts < times:
+                self._back.clear()
+                await self._back.wait()
+
+    def kill_pager(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pager.pid, signal.SIGKILL)
+
+    # What the guest does
+
+    async def read(self, pfn: int) -> int:
+        """CRC-32 of a page as the vCPU reads it, however long that takes."""
+        return int((await self._vcpu(f"r {pfn}")).split()[1])
+
+    async def write(self, pfn: int, text: str) -> None:
+        """Write at the start of a page that is neither discarded nor free."""
+        data = bytearray(block(pfn))
+        data[: len(text)] = text.encode()
+        await self._vcpu(f"w {pfn} {text}")
+        self.expected[pfn] = {zlib.crc32(data)}
+
+    async def _vcpu(self, line: str) -> str:
+        async with self._lock:
+            return await asyncio.wait_for(asyncio.to_thread(self._say, line), 30)
+
+    def _say(self, line: str) -> str:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.child.stdin.write(line + "\n")
+        return self.child.stdout.readline()
+
+    async def epoch(self) -> dict[str, Any] | None:
+        """One epoch over copies and free pages, with a write while they are protected; None if its pager died."""
+        wanted = np.zeros(PAGES, dtype=np.uint8)
+        wanted[COPIES.start : COPIES.stop] = Member.COPY
+        wanted[FREE.start : FREE.stop] = Member.UNUSED
+        for pfn in FREE:
+            # A free page has its old bytes until it is discarded.
+            self.expected[pfn] |= {zlib.crc32(bytes(PAGE))}
+        try:
+            return await self.driver.transact(self.pager.link, wanted, 5.0, cast(GuestLink, _Guest(self)))
+        except (PeerLost, DeadlineExceeded, RefusedError):
+            return None
+
+    async def check(self) -> None:
+        """Every page has the bytes it must have, in an order no read-ahead expects."""
+        pfns = list(range(PAGES))
+        random.Random(5).shuffle(pfns)
+        for pfn in pfns:
+            found = await self.read(pfn)
+            assert found in self.expected[pfn], f"page {pfn} is wrong"
+            self.expected[pfn] = {found}
+
+
+class _Guest:
+    """A guest agent's word: all FREE pages are free. The guest writes to a protected page before it says so."""
+
+    hello = SimpleNamespace(checks_free_pages=False)
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    async def confirm(self, _epoch: bytes, number: int, _timeout: float) -> NDArray[np.bool_]:
+        machine = self._machine
+        if number == 1:
+            # In use again, and written: whatever the guest said of it before, it must not be discarded.
+            await machine.write(FREE.start, "used-again")
+            await machine.write(PRECIOUS.start, "precious")
+        free = np.zeros(PAGES, dtype=np.bool_)
+        free[FREE.start : FREE.stop] = True
+        return free

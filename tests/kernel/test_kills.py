@@ -1,0 +1,126 @@
+"""``kill -9`` of the pager between each two of its steps: the guest reads the right bytes, and the next epoch works."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from hva_host.agent.pager_process import call
+from tests.kernel.faults import COPIES, FREE, Machine
+
+EPOCH = [
+    "pager.epoch.sifted",
+    "uffd.protect",
+    "pager.epoch.protecting",
+    "pager.epoch.protected",
+    "pager.epoch.compared",
+    "pager.discard.stored",
+    "pager.discard.punch",
+    "pager.discard.punched",
+    "pager.epoch.proven",
+    "pager.write.left",
+    "pager.epoch.confirmed",
+    "pager.epoch.discarded",
+    "uffd.unprotect",
+    "pager.epoch.unprotecting",
+]
+REFAULT = [
+    "pager.refault.read",
+    "layer.read",
+    "pager.refault.checked",
+    "uffd.copy",
+    "uffd.zero",
+    "pager.refault.filled",
+]
+ATTACH = [
+    "pager.parent.fork",
+    "ledger.allocate",
+    "pager.attach.locked",
+    "pager.attach.registered",
+    "pager.attach.erased",
+    "pager.attach.unprotected",
+    "pager.attach.woken",
+]
+
+
+@pytest.fixture
+async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
+    found = Machine(tmp_path, dict.fromkeys([*EPOCH, *REFAULT, *ATTACH, "pager.restore.filled"], "kill"))
+    try:
+        await found.start()
+        yield found
+    finally:
+        await found.close()
+
+
+async def everything_works(machine: Machine) -> None:
+    """What was discarded reads right, and all of it can be discarded and read again."""
+    await machine.check()
+    restarts = machine.restarts
+    done = await machine.epoch()
+    assert done is not None
+    assert done["discarded_layer"] == len(COPIES)
+    # The page that was written while protected has left the epoch.
+    assert done["discarded_zero"] == len(FREE) - 1
+    await machine.check()
+    assert machine.restarts == restarts
+
+
+@pytest.mark.parametrize("point", EPOCH)
+async def test_in_an_epoch(machine: Machine, point: str) -> None:
+    machine.arm(point)
+    assert await machine.epoch() is None
+    assert not machine.armed(point)
+    await machine.restarted(1)
+    await everything_works(machine)
+
+
+@pytest.mark.parametrize("point", REFAULT)
+async def test_in_a_refault(machine: Machine, point: str) -> None:
+    assert (await machine.epoch() or {})["discarded"] == len(COPIES) + len(FREE) - 1
+    machine.arm(point)
+    await machine.check()
+    assert not machine.armed(point)
+    assert machine.restarts == 1
+    await everything_works(machine)
+
+
+@pytest.mark.parametrize("point", ATTACH)
+async def test_while_it_attaches(machine: Machine, point: str) -> None:
+    """Killed, and its successor too."""
+    assert await machine.epoch() is not None
+    counted = await call(machine.pager, "status")
+    machine.arm(point)
+    machine.kill_pager()
+    # A vCPU waits through both deaths.
+    assert await machine.read(COPIES[7]) in machine.expected[COPIES[7]]
+    assert not machine.armed(point)
+    await machine.restarted(1)
+    now = await call(machine.pager, "status")
+    assert (now["epochs"], now["discarded_pages"]) == (counted["epochs"], counted["discarded_pages"])
+    assert now["stalls"]["count"] >= counted["stalls"]["count"] > 0
+    await everything_works(machine)
+
+
+async def test_in_a_restore(machine: Machine) -> None:
+    assert await machine.epoch() is not None
+    machine.arm("pager.restore.filled")
+    with pytest.raises(Exception, match="pager"):
+        await call(machine.pager, "restore")
+    await machine.restarted(1)
+    assert (await call(machine.pager, "restore"))["left"] == 0
+    await everything_works(machine)
+
+
+async def test_again_and_again(machine: Machine) -> None:
+    """Killed whenever it is back, while the guest reads what was discarded."""
+    assert await machine.epoch() is not None
+    reading = asyncio.create_task(machine.check())
+    for times in range(1, 6):
+        machine.kill_pager()
+        await machine.restarted(times)
+    await reading
+    await everything_works(machine)

@@ -64,7 +64,7 @@ class PagerHandle:
         path = self._runtime / PAGER_SOCKET
         path.unlink(missing_ok=True)
         self._forget()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         log = os.open(self._runtime / PAGER_LOG, flags, 0o600)
         try:
             with sockets.listen(path) as listener:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hva_host.agent.bounded_logs import keep_bounded
 from hva_host.agent.control import CONTROL_SOCKET, ControlServer
 from hva_host.agent.control_commands import CommandTable
+from hva_host.agent.event_log import EventLog
 from hva_host.agent.fleet import Fleet
 from hvaqemu.errors import HostError, RefusedError
 
@@ -56,17 +58,23 @@ class RuntimeLock:
         os.close(self._descriptor)
 
 
-async def serve(runtime: Path, ready: Callable[[Path], None]) -> None:
+async def serve(runtime: Path, ready: Callable[[Path], None], log_file: Path | None = None) -> None:
     """Be the host agent of ``runtime`` until SIGTERM, SIGINT or ``quit``; the VMs go on.
 
     :param ready: called with the control socket's path once it serves.
+    :param log_file: where our standard error goes, if that is a file of ours to keep bounded.
     :raise AlreadyServed: another process is.
     :raise HostError: a file or the socket can not be made.
     """
     lock = RuntimeLock(runtime)
+    # At once, too: an earlier host agent may have left it long.
+    bounding = asyncio.create_task(keep_bounded(log_file), name="agent log") if log_file is not None else None
     try:
         await _serve(runtime, ready)
     finally:
+        if bounding is not None:
+            bounding.cancel()
+            await asyncio.wait({bounding})
         lock.release()
 
 
@@ -82,10 +90,10 @@ async def _serve(runtime: Path, ready: Callable[[Path], None]) -> None:
     except OSError as error:
         raise HostError(f"{path}: {error.strerror}", "remove what is in the socket's place") from error
     server = ControlServer(path)
+    events = EventLog()
 
     def on_event(event: str, data: dict[str, Any]) -> None:
-        if event != "EPOCH":
-            log.info("%s %s", event, json.dumps(data, default=str))
+        events.write(event, data, time.monotonic())
         server.emit(event, data)
 
     fleet = Fleet(runtime, on_event=on_event)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hva_host.agent import accounts, hazards
-from hva_host.agent.console_log import keep_bounded
+from hva_host.agent.bounded_logs import keep_bounded
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hold import Hold
@@ -33,7 +33,7 @@ from hva_host.agent.model import (
 )
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
-from hva_host.agent.pager_process import PagerHandle, call
+from hva_host.agent.pager_process import PAGER_LOG, PagerHandle, call
 from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
 from hva_host.agent.refusals import Refusals, Source
@@ -42,7 +42,7 @@ from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu import logs
 from hvaqemu.qemu.events import GuestPanicked, QmpEvent, Reset, Resume, Shutdown, Stop
-from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG
+from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG, QEMU_LOG
 from hvaqemu.qemu.process import QemuProcess, StopTimeouts
 from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.scenario_config import ReclaimState
@@ -122,7 +122,7 @@ class Vm:
                 keep_pager(self.pager, self.process, self.record.layers, self), name=f"{self.name}: pager"
             ),
             asyncio.create_task(self._watch_qmp(), name=f"{self.name}: QMP"),
-            asyncio.create_task(keep_bounded(self.console_log), name=f"{self.name}: console log"),
+            asyncio.create_task(keep_bounded(*self._logs()), name=f"{self.name}: logs"),
         ]
 
     def on_qmp_event(self, event: QmpEvent) -> None:
@@ -332,6 +332,9 @@ class Vm:
         return await self.qmp.balloon(size, timeout)
 
     # Inside
+
+    def _logs(self) -> list[Path]:
+        return [self.folder.path / name for name in (CONSOLE_LOG, QEMU_LOG, PAGER_LOG)]
 
     def _refuse_when_still(self) -> None:
         """:raise RefusedError: the guest will never answer, or not before its operator did something."""

@@ -52,7 +52,7 @@ def _in_background(runtime: Path) -> int:
     """Tell who started us, through our standard output, when we are ready; then have none."""
     import asyncio
 
-    from hva_host.agent.background import READY, TAKEN
+    from hva_host.agent.background import LOG_FILE, READY, TAKEN
     from hva_host.agent.service import AlreadyServed, serve
 
     # A descriptor that what we start does not inherit: its end must mean ours.
@@ -67,7 +67,7 @@ def _in_background(runtime: Path) -> int:
 
     _log()
     try:
-        asyncio.run(serve(runtime, ready))
+        asyncio.run(serve(runtime, ready, runtime / LOG_FILE))
     except AlreadyServed:
         os.write(starter, TAKEN)
         return 1

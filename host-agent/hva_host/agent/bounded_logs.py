@@ -1,4 +1,5 @@
-"""A guest may print on its console for ever; its log on the host, often host memory, stays bounded."""
+"""Logs that others append to stay bounded: a guest may print on its console for ever, and much of what it does makes
+QEMU, the pager or the host agent say something. Their logs lie in host memory on most machines."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ _LOOK_SECONDS = 0.5
 def trim(path: Path) -> bool:
     """Cut a log that grew beyond :data:`LOG_MAX` bytes down to its last MiB; was it?
 
-    QEMU appends (O_APPEND), so it goes on at the new end; what it writes while this runs may be lost.
+    Whoever writes it must append (O_APPEND), so that it goes on at the new end; what is written while this runs may be
+    lost.
 
     :raise OSError: the log can not be read or written.
     """
+    if path.stat().st_size <= LOG_MAX:
+        return False
     with path.open("r+b", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size <= LOG_MAX:
-            return False
         file.seek(-_KEPT, os.SEEK_END)
         tail = file.read(_KEPT)
         file.truncate(0)
@@ -31,10 +33,11 @@ def trim(path: Path) -> bool:
         return True
 
 
-async def keep_bounded(path: Path) -> None:
-    """Look at a log twice a second until cancelled."""
+async def keep_bounded(*paths: Path) -> None:
+    """Look at logs twice a second until cancelled."""
     while True:
-        # Not there yet, or no room: it is looked at again.
-        with suppress(OSError):
-            trim(path)
+        for path in paths:
+            # Not there yet, or no room: it is looked at again.
+            with suppress(OSError):
+                trim(path)
         await asyncio.sleep(_LOOK_SECONDS)

@@ -20,8 +20,15 @@ from hvaqemu.errors import HostError, LaunchError
 #: Far more than importing everything takes on a loaded machine.
 _ANSWER_SECONDS = 20.0
 _END_SECONDS = 5.0
-#: One thread of numpy's linear algebra, which pagers do not use: a process with threads must not fork.
-_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+_ENVIRONMENT = {
+    # No threads for numpy's linear algebra, which pagers do not use: a process with threads must not fork.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    # What an epoch needs for a moment goes back to the host when it ends (mallopt(3); fixed, it does not grow).
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
 
 
 class Forked(NamedTuple):

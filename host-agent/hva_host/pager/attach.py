@@ -46,7 +46,7 @@ def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
     reach("pager.attach.locked")
     if not any(ledger.totals().values()):
         # A guest with discarded pages needs its pager whatever was plugged in since: only epochs are refused then.
-        refusals.refuse(pid, backing)
+        refusals.refuse_at_attach(pid, backing)
     uffd.handshake()
     uffd.register(base, backing.pages << PAGE_SHIFT)
     reach("pager.attach.registered")

@@ -21,7 +21,7 @@ from hva_host.agent.epochs import EpochDriver
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
-from hva_host.agent.pager_process import PagerHandle
+from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.memory.index import build_index
 from hva_host.pager.epoch import Member
 from hva_host.pager.process_files import descriptors
@@ -45,6 +45,7 @@ class Machine:
         self.points = points
         self.restarts = 0
         self._back = asyncio.Event()
+        self._told = asyncio.Event()
         self.failures: list[Exception] = []
         self.layers = ((folder / "golden.raw", folder / "golden.idx"),)
         self.child = subprocess.Popen(
@@ -60,7 +61,7 @@ class Machine:
         self._lock = asyncio.Lock()
         self.driver = EpochDriver(PAGES)
         self.parent = PagerParent()
-        self.pager = PagerHandle(folder, self.parent, self.driver.on_pager_event)
+        self.pager = PagerHandle(folder, self.parent, self._on_event)
         self.process: QemuProcess | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -110,6 +111,10 @@ class Machine:
         """Has nobody come to the point since?"""
         return (self.folder / name).exists()
 
+    def _on_event(self, name: str, data: dict[str, Any]) -> None:
+        self._told.set()
+        self.driver.on_pager_event(name, data)
+
     # What becomes of the pager
 
     def pager_lost(self) -> None:
@@ -133,7 +138,26 @@ class Machine:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pager.pid, signal.SIGKILL)
 
+    async def replace_pager(self) -> None:
+        """Kill the pager and wait for the next."""
+        before = self.restarts
+        self.kill_pager()
+        await self.restarted(before + 1)
+
+    async def held(self) -> list[dict[str, Any]]:
+        """What the pager holds, once it holds something."""
+        async with asyncio.timeout(20):
+            while True:
+                self._told.clear()
+                if found := (await call(self.pager, "status"))["held"]:
+                    return cast(list[dict[str, Any]], found)
+                await self._told.wait()
+
     # What the guest does
+
+    async def open(self, path: Path) -> None:
+        """Have the child open a file, as QEMU has its disks open."""
+        await self._vcpu(f"o {path}")
 
     async def read(self, pfn: int) -> int:
         """CRC-32 of a page as the vCPU reads it, however long that takes."""

@@ -2,7 +2,7 @@
 
 Run as a script: ``vcpu.py PAGES``. It prints the RAM's address, then obeys one line at a time on stdin:
 ``r PFN`` answers the page as hex of its first 8 bytes and a checksum, ``w PFN TEXT`` writes TEXT at its start,
-``m PFN PFN…`` reads a byte of each page, one after the other.
+``m PFN PFN…`` reads a byte of each page, one after the other, ``o PATH`` opens a file for reading and keeps it open.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ def main(pages: int) -> None:
     print(address, *kept, ram, flush=True)
     for line in sys.stdin:
         verb, pfn, *rest = line.split()
+        if verb == "o":
+            kept.append(os.open(pfn, os.O_RDONLY))
+            print("ok", flush=True)
+            continue
         start = int(pfn) * PAGE
         if verb == "r":
             data = memory[start : start + PAGE]

@@ -82,8 +82,8 @@ class EpochDriver:
         number = (await pager.call("begin-epoch", {"seconds": seconds}, wanted.tobytes()))["number"]
         limit = seconds + _GRACE_SECONDS
         try:
-            protected = await race(self._event("protected", number), limit, "pager: protection", pager.lost)
-            if protected["wants"] and guest is not None:
+            protected = await race(self._protected(number), limit, "pager: protection", pager.lost)
+            if protected is not None and protected["wants"] and guest is not None:
                 await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), seconds)
             return await race(self._event("epoch-done", number), limit, "pager: end of epoch", pager.lost)
         except asyncio.CancelledError:
@@ -91,6 +91,15 @@ class EpochDriver:
             with suppress(HvaError):
                 await asyncio.shield(pager.call("abandon", timeout=_ABANDON_SECONDS))
             raise
+
+    async def _protected(self, number: int) -> dict[str, Any] | None:
+        """The event of protection; None if the epoch ended without."""
+        while self._events.get("epoch-done", {}).get("number") != number:
+            if self._events.get("protected", {}).get("number") == number:
+                return self._events.pop("protected")
+            self._came.clear()
+            await self._came.wait()
+        return self._events.pop("protected", None)
 
     async def _event(self, name: str, number: int) -> dict[str, Any]:
         """The event of this epoch; one of an earlier epoch, whose driver was cancelled, is not it."""

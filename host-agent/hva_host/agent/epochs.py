@@ -22,6 +22,7 @@ from hva_host.agent.model import EpochStats, PhaseSeconds
 from hva_host.agent.pager_link import PagerLink
 from hva_host.pager.epoch import CONFIRM_ROUNDS
 from hvaqemu.errors import HvaError, PeerLost
+from hvaqemu.faultpoints import reach
 from hvaqemu.qemu.race import race
 from hvaqemu.scenario_config import ReclaimState
 
@@ -60,6 +61,7 @@ class EpochDriver:
         """
         began = time.monotonic()
         await self._scan(guest)
+        reach("agent.epoch.scanned")
         scanned = time.monotonic()
         if not _may_lose_free_pages(guest):
             states = [state for state in states if state is not ReclaimState.UNUSED]
@@ -80,9 +82,11 @@ class EpochDriver:
         :raise HvaError: as :meth:`run`.
         """
         number = (await pager.call("begin-epoch", {"seconds": seconds}, wanted.tobytes()))["number"]
+        reach("agent.epoch.begun")
         limit = seconds + _GRACE_SECONDS
         try:
             protected = await race(self._protected(number), limit, "pager: protection", pager.lost)
+            reach("agent.epoch.protected")
             if protected is not None and protected["wants"] and guest is not None:
                 await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), seconds)
             return await race(self._event("epoch-done", number), limit, "pager: end of epoch", pager.lost)
@@ -123,6 +127,7 @@ class EpochDriver:
                     return
                 free: NDArray[np.bool_] = await guest.confirm(epoch, number, seconds)
                 payload = np.packbits(free).tobytes()
+                reach("agent.epoch.answered")
                 await pager.call("confirm", {"epoch": epoch.hex(), "round": number}, payload)
         except PeerLost:
             if pager.lost.done():

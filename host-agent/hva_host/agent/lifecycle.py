@@ -15,6 +15,7 @@ from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost
+from hvaqemu.faultpoints import reach
 from hvaqemu.qemu.command import LaunchSockets, build_command
 from hvaqemu.qemu.disk import create_overlay
 from hvaqemu.qemu.events import QmpEvent
@@ -26,6 +27,8 @@ from hvaqemu.qemu.race import race
 _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
 #: Seconds for a QEMU that dies with its host agent.
 _DYING_SECONDS = 2.0
+#: QEMU's word (RunState, qapi/run-state.json) for a machine that was started with -S and has not run yet.
+_NEVER_RAN = "prelaunch"
 
 
 async def start_vm(
@@ -50,11 +53,13 @@ async def start_vm(
         folder.make_disks()
         files = plan.launch_files(config, image, runtime=folder.path, disks=folder.disks)
         await asyncio.to_thread(create_overlay, files.golden, files.overlay)
+        reach("agent.up.disks")
         progress("starting QEMU")
         events = _Relay()
         process, qmp = await launch(
             config, files, runtime=folder.path, shim=shim, on_event=events.deliver, die_with_parent=die_with_parent
         )
+        reach("agent.up.launched")
         record = VmRecord(
             config=config,
             qemu_pid=process.pid,
@@ -66,13 +71,16 @@ async def start_vm(
         vm.qmp = qmp
         undo.push_async_callback(vm.stop, _KILL)
         folder.store(record)
+        reach("agent.up.recorded")
         events.vm = vm
         progress("attaching the pager")
         await vm.pager.start(process.pid, layers)
+        reach("agent.up.attached")
         vm.supervise()
         progress("booting the guest")
         await qmp.cont()
         vm.running()
+        reach("agent.up.running")
         try:
             await race(vm.guest.wait_connected(config.boot_timeout), config.boot_timeout + 5, "guest agent", vm.failure)
         except PeerLost as error:
@@ -85,20 +93,27 @@ async def start_vm(
 async def adopt_vm(folder: VmFolder, record: VmRecord, pagers: PagerParent, listener: Listener) -> Vm:
     """Take over a VM that another host agent left running.
 
-    :raise PeerLost: its QEMU is gone.
+    :raise PeerLost: its QEMU is gone, or has never run the guest: what is left of a start that failed.
     """
     process = QemuProcess.adopt(record.qemu_pid, record.qemu_start_time, folder.path / QEMU_LOG)
     vm = Vm(folder, record, process, pagers, listener)
     events = _Relay()
     events.vm = vm
     vm.qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)
+    reach("agent.adopt.found")
     with suppress(HvaError):
         await connect_or_start(vm.pager, process, record.layers)
         await vm.learn_held()
     # A QEMU whose main loop waits for a fault answers no QMP; the supervisor tries again.
+    never_ran = False
     with suppress(HvaError):
         await vm.qmp.connect(2.0)
+        never_ran = (await vm.qmp.status()).status == _NEVER_RAN
         await vm.follow()
+    reach("agent.adopt.connected")
+    if never_ran:
+        await vm.close()
+        raise PeerLost(f"VM {vm.name}: its host agent died before it ran")
     vm.supervise()
     return vm
 

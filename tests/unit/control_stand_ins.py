@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class StandInVm:
         self.console_log = console
         self.state = VmState.RUNNING
         self.reason = ""
+        self.refused = ""
         self.kernel = "6.1.0-s390x"
         self.held: list[HeldPages] = []
         self.asked: list[object] = []
@@ -84,6 +85,7 @@ class StandInVm:
             name=self.name,
             state=self.state,
             reason=self.reason,
+            reclaim_refused=self.refused,
             pid=4321,
             pager_pid=4322,
             guest_connected=True,
@@ -139,6 +141,13 @@ class StandInVm:
     async def balloon(self, size: int, timeout: float) -> int:
         self.asked.append((size, timeout))
         return size
+
+
+    async def monitor(self, command: str, arguments: Mapping[str, object], timeout: float) -> object:
+        self.asked.append((command, dict(arguments), timeout))
+        if command == "migrate-incoming":
+            raise RefusedError("QMP migrate-incoming: it would not be safe", "do something else")
+        return [{"said": "na\u00efve \x9b31m"}]
 
 
 class StandInFleet:

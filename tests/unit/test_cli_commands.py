@@ -111,20 +111,51 @@ def _panicked(vm: StandInVm) -> None:
     vm.state, vm.reason = VmState.PANICKED, "the guest's kernel panicked: \x1b[2Joops"
 
 
+def _not_reclaimed(vm: StandInVm) -> None:
+    vm.refused = "layer base.raw: process 7 (\x1b[2Jdd) has it open for writing"
+
+
+def _gone(vm: StandInVm) -> None:
+    vm.state, vm.reason = VmState.GONE, "guest-shutdown: QEMU exited with status 0"
+
+
 def test_a_vm_that_needs_its_operator_is_loud(agent: Agent, capsysbinary: Said) -> None:
     agent.add("bad", _held)
+    agent.add("fine", _not_reclaimed)
+    agent.add("gone", _gone)
+    assert main(["status", "fine"]) == 0
+    assert main(["status", "gone"]) == 0
     agent.add("worse", _panicked)
-    assert main(["ls"]) == 0
-    text = capsysbinary.readouterr().out.decode()
+    capsysbinary.readouterr()
+    assert main(["ls"]) == 1
+    said = capsysbinary.readouterr()
+    text = said.out.decode()
     assert "HELD" in text
     assert "base.raw has changed" in text
     assert "`hvaqemu resume bad`" in text
     assert "PANICKED" in text
-    assert main(["status", "bad"]) == 0
-    text += capsysbinary.readouterr().out.decode()
+    assert "GONE" in text
+    assert "fine: not reclaimed: layer base.raw: process 7 (\\x1b[2Jdd) has it open" in text
+    line = said.err.decode()
+    assert line.startswith("hvaqemu: VM bad: HELD, ")
+    assert "VM worse: PANICKED" in line
+    assert "gone" not in line
+    assert line.count("\n") == 1
+    assert main(["ls", "--json"]) == 1
+    said = capsysbinary.readouterr()
+    assert [vm["state"] for vm in json.loads(said.out)] == ["held", "running", "gone", "panicked"]
+    assert said.err.decode() == line
+    assert main(["status", "bad", "--json"]) == 1
+    said = capsysbinary.readouterr()
+    assert json.loads(said.out)["held"][0]["pages"] == [1, 2, 3]
+    assert said.err.count(b"\n") == 1
+    assert main(["status", "bad"]) == 1
+    said = capsysbinary.readouterr()
+    text += said.out.decode()
     assert text.count("HELD") >= 4
-    assert "3 pages of base.raw" in text
+    assert "held: base.raw: base.raw has changed; pages 1, 2, 3" in text
     assert "[red]6.1" in text
+    text += said.err.decode() + line
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert main(["resume", "bad"]) == 1

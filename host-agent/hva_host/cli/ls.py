@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 List the VMs that `hvaqemu up` started, with what each occupies on the host (backing) of the memory
-it was given. A VM that needs you is shown loudly, with the reason below the list.
+it was given. A VM that needs you is shown loudly, with the reason below the list, and so is one whose
+memory can not be reclaimed now. Exit code 1 if a VM is HELD or PANICKED.
 """
 
 
@@ -26,6 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     from hva_host.cli.output import print_json, show
     from hva_host.cli.session import with_agent
+    from hva_host.cli.states import exit_code
 
     vms = with_agent(lambda client: client.vms())
     if options.json:
@@ -34,13 +36,14 @@ def run(options: argparse.Namespace) -> int:
         show(*render(vms))
     else:
         print("no VM is running; start one with: hvaqemu up VM.yaml")
-    return 0
+    return exit_code(vms)
 
 
 def render(vms: list[VmStatus]) -> list[RenderableType]:
-    """The list, and below it a line for each VM that needs its operator."""
-    from hva_host.cli.output import LOUD, cell, table
+    """The list, and below it a line for each VM that needs its operator, or that nothing is discarded of."""
+    from hva_host.cli.output import LOUD, WARN, cell, table
     from hva_host.cli.states import advice, is_loud, state_cell
+    from hva_host.cli.text import one_line
     from hvaqemu.pages import PAGE_SIZE
     from hvaqemu.units import format_duration, format_size
 
@@ -60,4 +63,7 @@ def render(vms: list[VmStatus]) -> list[RenderableType]:
             "connected" if vm.guest_connected else "not connected",
         )
     lines = [cell(f"{vm.name}: {advice(vm)}", LOUD) for vm in vms if is_loud(vm.state)]
+    lines += [
+        cell(f"{vm.name}: not reclaimed: {one_line(vm.reclaim_refused)}", WARN) for vm in vms if vm.reclaim_refused
+    ]
     return [listed, *lines]

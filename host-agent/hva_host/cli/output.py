@@ -14,6 +14,7 @@ from rich.text import Text
 from hva_host.cli.text import one_line, plain
 
 LOUD = "bold white on red"
+WARN = "yellow"
 
 
 def print_json(value: Any) -> None:

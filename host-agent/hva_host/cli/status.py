@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _EPOCHS_SHOWN = 8
 _DESCRIPTION = """\
 Show one VM: its memory on the host and what giving it back costs, what the last epochs did, and how
-long the guest's processors waited for pages to come back.
+long the guest's processors waited for pages to come back. Exit code 1 if it is HELD or PANICKED.
 """
 
 
@@ -30,18 +30,19 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     from hva_host.cli.output import print_json, show
     from hva_host.cli.session import with_agent
+    from hva_host.cli.states import exit_code
 
     vm = with_agent(lambda client: client.status(options.name))
     if options.json:
         print_json(vm.model_dump(mode="json"))
     else:
         show(*render(vm))
-    return 0
+    return exit_code([vm])
 
 
 def render(vm: VmStatus) -> list[RenderableType]:
     """The VM, its memory, its epochs; first what needs its operator."""
-    from hva_host.cli.output import LOUD, cell, pairs
+    from hva_host.cli.output import LOUD, WARN, cell, pairs
     from hva_host.cli.states import advice, is_loud, state_cell
     from hvaqemu.units import format_duration, format_size
 
@@ -50,7 +51,7 @@ def render(vm: VmStatus) -> list[RenderableType]:
         state.append(f" ({cell(vm.reason).plain})", style="default not bold")
     rows: list[tuple[str, object]] = [("name", vm.name), ("state", state)]
     if vm.reclaim_refused:
-        rows.append(("not reclaimed", cell(vm.reclaim_refused, "yellow")))
+        rows.append(("not reclaimed", cell(vm.reclaim_refused, WARN)))
     agent = f"connected: {vm.guest_kernel}" if vm.guest_connected else "not connected"
     restarts = f", restarted {vm.pager_restarts} times, longest pause {format_duration(vm.pager_pause_s)}"
     rows += [
@@ -74,7 +75,8 @@ def render(vm: VmStatus) -> list[RenderableType]:
     parts: list[RenderableType] = [cell(advice(vm), LOUD)] if is_loud(vm.state) else []
     parts.append(pairs(rows))
     for held in vm.held:
-        parts.append(cell(f"held: {len(held.pages)} pages of {held.layer}: {held.reason}", LOUD))
+        pages = ", ".join(map(str, held.pages))
+        parts.append(cell(f"held: {held.layer}: {held.reason}; pages {pages}", LOUD))
     if vm.epochs:
         parts += ["", _epochs(vm.epochs)]
     return parts

@@ -14,7 +14,7 @@ from hva_host.agent.plan import Progress
 from hva_host.agent.records import VmFolder
 from hva_host.agent.vm import Listener, Vm
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import ConfigError, HostError, HvaError, PeerLost
+from hvaqemu.errors import ConfigError, HostError, HvaError, PeerLost, RefusedError
 from hvaqemu.paths import runtime_dir
 from hvaqemu.qemu.process import StopTimeouts
 
@@ -40,6 +40,10 @@ class Fleet:
         self._pagers = PagerParent()
         self._vms: dict[str, Vm] = {}
         self._names: dict[str, asyncio.Lock] = {}
+        #: VMs that are not there yet.
+        self._starting: dict[str, asyncio.Task[Vm]] = {}
+        #: VMs of a host agent before us whose remains :meth:`start` has cleared away, and how they ended.
+        self._cleared: dict[str, str] = {}
 
     async def start(self) -> None:
         """Adopt the VMs nobody owns; what is left of dead ones is deleted."""
@@ -61,6 +65,7 @@ class Fleet:
                     self._vms[name] = await adopt_vm(folder, record, self._pagers, self._on_event)
                     return
             await end_orphan(folder)
+            self._cleared[name] = "its host agent was killed while it was starting" if record is None else "it was gone"
         except BaseException:
             folder.release()
             raise
@@ -79,7 +84,21 @@ class Fleet:
             if name in self._vms:
                 await self._end(self._vms[name])
             folder = await self._claim(name)
-            vm = await start_vm(config, folder, self._pagers, progress, self._on_event, die_with_parent=self._embedded)
+            self._cleared.pop(name, None)
+            starting = asyncio.create_task(
+                start_vm(config, folder, self._pagers, progress, self._on_event, die_with_parent=self._embedded)
+            )
+            self._starting[name] = starting
+            try:
+                vm = await starting
+            except asyncio.CancelledError:
+                # It was ended by `down`, or who asked for it went; then it is still to be waited for.
+                await asyncio.wait({starting})
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise
+                raise RefusedError(f"VM {name}: was ended by 'hvaqemu down' while it was starting") from None
+            finally:
+                del self._starting[name]
             self._vms[name] = vm
             return vm
 
@@ -102,6 +121,12 @@ class Fleet:
         :raise ConfigError: no such VM.
         :raise DeadlineExceeded: QEMU can not be ended.
         """
+        if (starting := self._starting.get(name)) is not None:
+            starting.cancel()
+            await asyncio.wait({starting})
+            return "it was still starting"
+        if name in self._cleared:
+            return self._cleared.pop(name)
         self.get(name)
         async with self._names.setdefault(name, asyncio.Lock()):
             # Asked again: another request may have ended it while this one waited.

@@ -24,7 +24,7 @@ BYTES_RATE, BYTES_BURST = 16 << 20, 32 << 20
 STEPS_RATE, STEPS_BURST = 4000, 8000
 #: A step is one header looked at. Waking up to read anything at all, and a HELLO with its fields and what it does to
 #: the session, are worth this many.
-READ_STEPS, HELLO_STEPS = 4, 8
+READ_STEPS, HELLO_STEPS = 8, 8
 
 
 class TokenBucket:

@@ -123,7 +123,7 @@ class GuestLink:
 
     @property
     def counters(self) -> LinkCounters:
-        """What came over the link and counted for nothing."""
+        """What came over the link."""
         return self._session.counters
 
     @property
@@ -223,6 +223,9 @@ class GuestLink:
             raise DeadlineExceeded(f"the guest agent did not answer within {timeout:g} s") from error
         finally:
             self._session.requests.close(number)
+            # An error's traceback holds this frame, and the answer the error: without this circle the exchange, which
+            # may be megabytes, goes with its request, and not when the garbage collector finds the time.
+            del answer, exchange
 
     # The connection
 

@@ -18,8 +18,9 @@ REQUESTS_MAX = 32
 
 @dataclass
 class LinkCounters:
-    """What came over the link and counted for nothing."""
+    """What came over the link: how often an agent greeted, and what counted for nothing."""
 
+    greetings: int = 0
     #: Answers nobody waits for.
     unsolicited: int = 0
     #: Intact frames whose payload is not what their type says.

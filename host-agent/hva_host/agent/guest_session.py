@@ -134,6 +134,7 @@ class GuestSession:
             self.requests.denied(message)
 
     def _greeted(self, hello: Hello, now: float) -> None:
+        self.counters.greetings += 1
         if hello.nonce != self._nonce:
             # An agent that has just opened its port, or one that answers somebody before us.
             self._lose("the guest agent was restarted", now)

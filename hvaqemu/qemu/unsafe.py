@@ -1,4 +1,4 @@
-"""What in a QEMU would make discarding guest memory unsafe, by its names: devices, objects, back ends, properties.
+"""What in a QEMU would make discarding unsafe, or end it, by its names: devices, objects, back ends, properties.
 
 Pure tables, and questions to them that answer with a reason or "". Whoever hears of such a thing asks here: from a
 user's arguments, from a monitor command, or from a QEMU that runs.
@@ -15,6 +15,7 @@ _ONE_RAM = "the guest's RAM is the one memory back end that hvaqemu gives it"
 _SETS_RAM = "it plugs and unplugs guest RAM on its own"
 _SEALED = "the host can not read what such a guest holds"
 _DIRECT = "direct I/O pins guest pages and writes past their write protection"
+_SPAWNS = "QEMU may start no programs"
 _DISCARDS = "free page reporting discards pages on its own"
 
 #: QOM types, as devices and objects are called, from their beginning.
@@ -117,10 +118,23 @@ def made_object(properties: Properties) -> str:
     return kind(properties.get("qom-type", "")) or switches(properties)
 
 
+def network_kind(name: str) -> str:
+    """Why a network back end of this kind is not possible, or ""."""
+    return f"{name}: {_NET_DRIVERS[name]}" if name in _NET_DRIVERS else ""
+
+
 def network(properties: Properties) -> str:
     """Why a network back end (its kind is ``type``) is not possible, or ""."""
     kind_of = properties.get("type", "")
-    return f"{kind_of}: {_NET_DRIVERS[kind_of]}" if kind_of in _NET_DRIVERS else switches(properties)
+    if reason := network_kind(kind_of) or switches(properties):
+        return reason
+    # A program that QEMU starts would not be forgiven by its sandbox (spawn=deny): QEMU ends by SIGSYS (seen).
+    given = {"fd", "fds"} & properties.keys()
+    if kind_of == "tap" and not given and {properties.get("script"), properties.get("downscript")} != {"no"}:
+        return f"tap: {_SPAWNS}; add script=no,downscript=no"
+    if kind_of == "bridge" or {"helper", "smb"} & properties.keys():
+        return f"{kind_of}: {_SPAWNS}; make a tap device beforehand"
+    return f"guestfwd: {_SPAWNS}" if "cmd:" in properties.get("guestfwd", "") else ""
 
 
 def block(properties: Properties) -> str:

@@ -19,7 +19,12 @@ from hvaqemu.units import MiB
 
 GOOD = [
     ["-netdev", "user,id=n0", "-device", "virtio-net-ccw,netdev=n0"],
-    ["-netdev", "tap,id=n0,ifname=tap0,script=no,vhost=off", "-device", '{"driver":"virtio-net-ccw","netdev":"n0"}'],
+    [
+        "-netdev",
+        "tap,id=n0,ifname=tap0,script=no,downscript=no,vhost=off",
+        "-device",
+        '{"driver":"virtio-net-ccw","netdev":"n0"}',
+    ],
     ["-blockdev", '{"driver":"raw","node-name":"d","file":{"driver":"file","filename":"/d"}}'],
     ["-blockdev", "driver=raw,node-name=d,file.driver=file,file.filename=/d,file.cache.direct=off"],
     ["-drive", "if=none,id=d,format=raw,file=/d", "-device", "virtio-blk-ccw,drive=d"],
@@ -56,6 +61,9 @@ BAD = [
     (["-netdev", '{"type":"tap","id":"n","vhost":true}'], "kernel vhost"),
     (["-nic", "tap,vhost=on"], "kernel vhost"),
     (["-net", "tap,vhostfd=7"], "kernel vhost"),
+    (["-netdev", "tap,id=n,ifname=tap0"], "script=no,downscript=no"),
+    (["-netdev", "bridge,id=n,br=br0"], "start no programs"),
+    (["-nic", "user,smb=/x"], "start no programs"),
     (["-netdev", "vhost-user,id=n,chardev=c"], "another process"),
     (["-netdev", "vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0"], "pins"),
     (["-device", "vfio-ccw,sysfsdev=/x"], "pins"),

@@ -142,7 +142,6 @@ class StandInVm:
         self.asked.append((size, timeout))
         return size
 
-
     async def monitor(self, command: str, arguments: Mapping[str, object], timeout: float) -> object:
         self.asked.append((command, dict(arguments), timeout))
         if command == "migrate-incoming":

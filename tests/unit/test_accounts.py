@@ -12,6 +12,14 @@ import pytest
 from hva_host.agent import accounts
 from hvaqemu.qemu.process import QemuProcess
 
+_EATER = """
+import sys
+sys.stdin.readline()
+kept = b"x" * (32 << 20)
+print("full", flush=True)
+sys.stdin.read()
+"""
+
 
 def test_own_memory_leaves_shared_memory_out() -> None:
     code = (
@@ -53,3 +61,38 @@ def test_how_much_of_a_file_is_cached(tmp_path: Path, monkeypatch: pytest.Monkey
     assert accounts.cached_bytes(path) == 1 << 20
     assert accounts.cached_bytes(tmp_path / "missing") == 0
     assert accounts.available() > 0
+
+
+def test_a_limited_control_group_has_less_available() -> None:
+    mount = accounts._CGROUP1 if (accounts._CGROUP1 / "memory.limit_in_bytes").exists() else accounts._CGROUP2
+    name = "memory.limit_in_bytes" if mount == accounts._CGROUP1 else "memory.max"
+    group = mount / f"hva-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / name).write_text(str(64 << 20))
+    except OSError as error:
+        if group.is_dir():
+            group.rmdir()
+        pytest.skip(f"no control group can be made here: {error}")
+    child = subprocess.Popen([sys.executable, "-c", _EATER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdin is not None and child.stdout is not None
+        assert accounts.available_to(child.pid) > 64 << 20
+        (group / "cgroup.procs").write_text(str(child.pid))
+        before = accounts.available_to(child.pid)
+        assert 32 << 20 < before <= 64 << 20
+        child.stdin.write("eat\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "full\n"
+        assert before - (40 << 20) < accounts.available_to(child.pid) < before - (24 << 20)
+        # A limit further up counts as well.
+        (group / "below").mkdir()
+        (group / "below" / "cgroup.procs").write_text(str(child.pid))
+        assert accounts.available_to(child.pid) < before
+    finally:
+        child.kill()
+        child.communicate()
+        if (group / "below").is_dir():
+            (group / "below").rmdir()
+        group.rmdir()
+    assert accounts.available_to(child.pid) == 0

@@ -220,6 +220,22 @@ def test_exec_passes_words_and_bytes_through(agent: Agent, capsysbinary: Said, m
     assert b"ZeroDivisionError" in capsysbinary.readouterr().err
 
 
+def test_qmp_prints_what_qemu_returns_as_ascii(agent: Agent, capsysbinary: Said) -> None:
+    vm = agent.add("one")
+    assert main(["qmp", "one", "query-status", "--arguments", '{"a": [1]}', "--timeout", "2m"]) == 0
+    printed = capsysbinary.readouterr().out
+    assert printed.isascii()
+    assert b"\x9b" not in printed
+    assert json.loads(printed) == [{"said": "na\u00efve \x9b31m"}]
+    assert vm.asked[-1] == ("query-status", {"a": [1]}, 120.0)
+    assert main(["qmp", "one", "migrate-incoming"]) == 1
+    assert b"it would not be safe (do something else)" in capsysbinary.readouterr().err
+    for wrong in ("{", "[1]"):
+        with pytest.raises(SystemExit) as ended:
+            main(["qmp", "one", "stop", "--arguments", wrong])
+        assert ended.value.code == 2
+
+
 def test_console_is_raw_only_into_a_pipe(agent: Agent, capsysbinary: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     vm = agent.add("one", lambda vm: setattr(vm, "state", VmState.GONE))
     assert main(["console", "one"]) == 1

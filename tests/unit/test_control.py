@@ -102,6 +102,8 @@ async def test_the_library_for_qmp_is_a_client(control_socket: Served) -> None:
         listed = await client.execute("query-vms")
         assert [VmStatus.model_validate(each).name for each in listed] == ["another", "one"]  # type: ignore[attr-defined]
         assert await client.execute("vm-measure", {"name": "one"}) == MEASURE.model_dump(mode="json")
+        answer = await client.execute("vm-qmp", {"name": "one", "command": "query-status"})
+        assert answer == {"return": [{"said": "na\u00efve \x9b31m"}]}
         assert await client.execute("vm-balloon", {"name": "one", "size": "128M"}) == {"bytes": 128 << 20}
         done = await client.execute(
             "vm-exec", {"name": "one", "argv": ["cat"], "timeout": "2m", "stdin": base64.b64encode(b"\0\xff").decode()}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+_CGROUP1, _CGROUP2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 _SYS_CACHESTAT = 451
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -49,6 +52,42 @@ def available() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def available_to(pid: int) -> int:
+    """Memory that a process can still get: what the host has available, or less where a control group of it is limited.
+
+    0: the process is gone.
+    """
+    least = available()
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            least = min(least, _headroom(_CGROUP2, path, "memory.max", "memory.current", "inactive_file"))
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            least = min(least, _headroom(_CGROUP1, path, *names))
+    return max(0, least)
+
+
+def _headroom(mount: Path, path: str, limit: str, usage: str, cache: str) -> int:
+    """The least that a group and the groups above it leave, page cache not in use counted as free.
+
+    Without a limit it is beyond any memory; so it is where the path is not below our mount, as a container may see it.
+    """
+    leaf, least = mount / path.lstrip("/"), sys.maxsize
+    for group in (leaf, *leaf.parents):
+        if not group.is_relative_to(mount):
+            break
+        with suppress(OSError, ValueError):
+            most = int((group / limit).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            least = min(least, most - int((group / usage).read_text()) + int(stat.get(cache, 0)))
+    return least
 
 
 def cached_bytes(path: Path) -> int:

@@ -144,6 +144,12 @@ class ControlClient:
         """Try the held faults again; pages that are still held."""
         return int((await self.execute("vm-resume", {"name": name}))["held"])
 
+    async def qmp(self, name: str, command: str, arguments: Mapping[str, Any], timeout: float) -> Any:
+        """What QEMU returns to a QMP command."""
+        given = {"name": name, "command": command, "arguments": dict(arguments), "timeout": timeout}
+        # The host agent's own deadlines come first: for an epoch under way, for QEMU, and for a look at it afterwards.
+        return (await self.execute("vm-qmp", given, timeout=timeout + 2 * _QUICK + 60.0))["return"]
+
     async def run(self, name: str, argv: Sequence[str], timeout: float, stdin: bytes = b"") -> ExecResult:
         """Run a command in the guest."""
         arguments = {

@@ -16,7 +16,7 @@ from hva_host.agent.control_wire import version
 from hva_host.agent.model import EpochStats, ExecResult, Measure, ReclaimResult, VmStatus
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError
-from hvaqemu.fields import Count, Name, Seconds, Size
+from hvaqemu.fields import Count, Name, Seconds, Size, Text
 from hvaqemu.protocol import STDIN_BYTES_MAX
 from hvaqemu.scenario_config import ALL_STATES, ReclaimState
 
@@ -46,6 +46,7 @@ class ControlledVm(Protocol):
         self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
     ) -> ExecResult: ...
     async def balloon(self, size: int, timeout: float) -> int: ...
+    async def monitor(self, command: str, arguments: Mapping[str, object], timeout: float) -> object: ...
 
 
 Machine = TypeVar("Machine", bound=ControlledVm, covariant=True)
@@ -105,6 +106,12 @@ class _Balloon(_Named):
     timeout: Seconds = 60.0
 
 
+class _Qmp(_Named):
+    command: Text
+    arguments: dict[str, Any] = {}
+    timeout: Seconds = 60.0
+
+
 #: pydantic's kinds of error in our words.
 _WORDS = {"extra_forbidden": "there is no such argument", "missing": "is missing"}
 
@@ -158,6 +165,8 @@ class CommandTable:
                 Command("vm-resume", _Named, self._resume, detached=True),
                 Command("vm-exec", _Exec, self._exec),
                 Command("vm-balloon", _Balloon, self._balloon),
+                # QEMU goes on with what it has begun, so whoever keeps epochs from running beside it does too.
+                Command("vm-qmp", _Qmp, self._qmp, detached=True),
                 Command("quit", Arguments, self._quit),
             )
         }
@@ -212,6 +221,10 @@ class CommandTable:
     async def _balloon(self, arguments: _Balloon) -> object:
         vm = self._fleet.get(arguments.name)
         return {"bytes": await vm.balloon(arguments.size, arguments.timeout)}
+
+    async def _qmp(self, arguments: _Qmp) -> object:
+        vm = self._fleet.get(arguments.name)
+        return {"return": await vm.monitor(arguments.command, arguments.arguments, arguments.timeout)}
 
     async def _quit(self, _: Arguments) -> object:
         self._stop()

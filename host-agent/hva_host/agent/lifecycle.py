@@ -6,7 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from hva_host.agent import accounts, plan
+from hva_host.agent import accounts, hazards, plan
 from hva_host.agent.layer_watch import content_of
 from hva_host.agent.pager_keeper import connect_or_start
 from hva_host.agent.pager_parent import PagerParent
@@ -14,7 +14,7 @@ from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost
+from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost, RefusedError
 from hvaqemu.faultpoints import reach
 from hvaqemu.qemu.command import LaunchSockets, build_command
 from hvaqemu.qemu.disk import create_overlay
@@ -73,6 +73,9 @@ async def start_vm(
         folder.store(record)
         reach("agent.up.recorded")
         events.vm = vm
+        await hazards.listen(qmp)
+        if reason := await hazards.of_qemu(qmp, deep=True):
+            raise RefusedError(f"VM {config.name}: {reason}", "take it out of qemu_args")
         progress("attaching the pager")
         await vm.pager.start(process.pid, layers)
         reach("agent.up.attached")

@@ -14,15 +14,16 @@ from hva_host.agent.guest_exchange import ScanReport
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.model import EpochStats, ReclaimResult
 from hva_host.agent.pager_process import PagerHandle, call
-from hvaqemu.errors import PeerLost, RefusedError
+from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.scenario_config import ReclaimState
 
 _EPOCHS_KEPT = 32
 _EPOCHS_MAX = 32
 #: An epoch that discards less than this share of what was resident ends a reclaim.
 _GAIN_WORTH_IT = 0.01
-#: How long after a pager's death the next epoch is tried, in seconds.
+#: How long after a pager's death, and after an epoch was refused, the next is tried, in seconds.
 _RETRY_SECONDS = 0.2
+_REFUSED_SECONDS = 0.5
 
 
 class Reclaimer:
@@ -83,6 +84,8 @@ class Reclaimer:
     def start(self, states: Sequence[ReclaimState], every: float) -> None:
         """Run an epoch every ``every`` seconds beside whatever else goes on, until :meth:`stop`.
 
+        It pauses while discarding is unsafe or a peer is away, and goes on by itself.
+
         :raise RefusedError: that is going on already.
         """
         if self._task is not None:
@@ -130,6 +133,9 @@ class Reclaimer:
             except PeerLost:
                 # A pager that died is replaced; a VM that ended cancels this.
                 until = time.monotonic() + max(every, _RETRY_SECONDS)
+            except (RefusedError, DeadlineExceeded):
+                # Said loudly by who found the reason (hva_host.agent.refusals); it may go as it came.
+                until = time.monotonic() + max(every, _REFUSED_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, until - time.monotonic())):
                     await self._stop.wait()

@@ -9,11 +9,14 @@ from hvaqemu.errors import RefusedError
 
 
 class Source(enum.StrEnum):
-    """Who found a reason; each has at most one at a time."""
+    """Where a reason was found; each has at most one at a time."""
 
+    #: In what QEMU says of itself.
     QEMU = "qemu"
+    #: In what /proc says of QEMU's process.
+    PROCESS = "process"
+    #: In what an operator has us tell QEMU.
     MONITOR = "monitor"
-    PAGER = "pager"
     LAYERS = "layers"
 
 
@@ -42,7 +45,10 @@ class Refusals:
         if self.text != before:
             self._changed(self.text)
 
-    def check(self) -> None:
-        """:raise RefusedError: there is a reason."""
-        if self._reasons:
+    def check(self, *sources: Source) -> None:
+        """See that none of ``sources`` (none named: nobody) has a reason.
+
+        :raise RefusedError: one has; says all that is known.
+        """
+        if any(source in self._reasons for source in sources or Source):
             raise RefusedError(f"nothing is discarded: {self.text}")

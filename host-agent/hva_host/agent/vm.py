@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hva_host.agent import accounts, hazards
 from hva_host.agent.bounded_logs import keep_bounded
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
+from hva_host.agent.hazard_watch import HazardWatch
 from hva_host.agent.hold import Hold
 from hva_host.agent.layer_watch import LayerWatch
 from hva_host.agent.model import (
@@ -31,6 +32,7 @@ from hva_host.agent.model import (
     VmState,
     VmStatus,
 )
+from hva_host.agent.monitor import Monitor
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PAGER_LOG, PagerHandle, call
@@ -80,6 +82,10 @@ class Vm:
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
         self.pager = PagerHandle(folder.path, pagers, self._on_pager_event)
         self.reclaimer = Reclaimer(pages, self.guest, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch)
+        self._hazards = HazardWatch(self.refusals, lambda: self.qmp, process)
+        self._monitor = Monitor(
+            lambda: self.qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed
+        )
         self._state = VmState.STARTING
         self._reason = ""
         self._tasks: list[asyncio.Task[None]] = []
@@ -122,11 +128,13 @@ class Vm:
                 keep_pager(self.pager, self.process, self.record.layers, self), name=f"{self.name}: pager"
             ),
             asyncio.create_task(self._watch_qmp(), name=f"{self.name}: QMP"),
+            asyncio.create_task(self._hazards.run(), name=f"{self.name}: hazards"),
             asyncio.create_task(keep_bounded(*self._logs()), name=f"{self.name}: logs"),
         ]
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""
+        self._hazards.on_qmp_event(event)
         if isinstance(event, GuestPanicked):
             self._fail(VmState.PANICKED, self._why_panicked())
         elif isinstance(event, Shutdown):
@@ -283,9 +291,8 @@ class Vm:
         """
         self._hold.refuse(self.name)
         async with self.reclaimer.exclusive:
-            status = await self._pager_status()
-            wanted = (status["zero_pages"] + status["layer_pages"] + status["preserved_pages"]) << PAGE_SHIFT
-            if (available := accounts.available()) < wanted:
+            wanted, available = await self._room_needed()
+            if available < wanted:
                 raise RefusedError(
                     f"VM {self.name}: {wanted >> 20} MiB to restore and {available >> 20} MiB available on the host"
                 )
@@ -331,6 +338,19 @@ class Vm:
             raise PeerLost("QMP: not connected")
         return await self.qmp.balloon(size, timeout)
 
+    async def monitor(self, command: str, arguments: Mapping[str, object], timeout: float) -> object:
+        """What QEMU returns to a QMP command of the operator's.
+
+        :raise RefusedError: it would make discarding unsafe, or the VM is held.
+        :raise HvaError: QEMU refused, went, or did not answer within ``timeout`` seconds.
+        """
+        if not command.startswith("query-"):
+            self._hold.refuse(self.name)
+        try:
+            return await self._monitor.execute(command, arguments, timeout)
+        except RefusedError as error:
+            raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error
+
     # Inside
 
     def _logs(self) -> list[Path]:
@@ -345,13 +365,16 @@ class Vm:
     async def _refuse_when_unsafe(self) -> None:
         self._hold.refuse(self.name)
         self.layers.look()
-        self.refusals.check()
-        if self.qmp is None or not self.qmp.connected:
-            raise PeerLost("QMP: not connected")
         try:
-            await hazards.refuse(self.qmp)
+            await self._hazards.check()
         except RefusedError as error:
             raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error
+
+    async def _room_needed(self) -> tuple[int, int]:
+        """Bytes that are discarded, and bytes the host can still give to QEMU."""
+        status = await self._pager_status()
+        discarded = (status["zero_pages"] + status["layer_pages"] + status["preserved_pages"]) << PAGE_SHIFT
+        return discarded, accounts.available_to(self.process.pid)
 
     async def _pager_status(self) -> dict[str, Any]:
         return await call(self.pager, "status")
@@ -505,3 +528,4 @@ class Vm:
         else:
             self._enter(VmState.PAUSED, status.status)
         await self._hold.connected(self.qmp)
+        await hazards.listen(self.qmp)

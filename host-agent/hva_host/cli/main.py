@@ -29,6 +29,7 @@ _COMMANDS = (
     "restore",
     "resume",
     "exec",
+    "qmp",
     "console",
     "agent",
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hva_host.agent.model import Record
 from hva_host.memory import syscalls
+from hva_host.privileges import privileges
 from hva_host.shim import ensure_shim
 from hvaqemu import paths
 from hvaqemu.errors import HvaError
@@ -61,7 +62,7 @@ class Check(Record):
 
 def examine() -> list[Check]:
     """All checks, in the order to mend what fails. Takes up to a few seconds; changes nothing but our own cache."""
-    checks = [_python(), _memfd(), _pidfd_getfd(), *_userfaultfd(), _huge_pages(_THP)]
+    checks = [_python(), _memfd(), _pidfd_getfd(), *_userfaultfd(), *_privileges(), _huge_pages(_THP)]
     for profile in PROFILES.values():
         checks += [_qemu(profile), _kvm(profile)]
     checks += [_tool(name, package, use) for name, (package, use) in _TOOLS.items()]
@@ -108,8 +109,9 @@ def _userfaultfd() -> list[Check]:
     try:
         descriptor = syscalls.userfaultfd()
     except OSError as error:
-        advice = "be root, or may read and write /dev/userfaultfd (chmod or a udev rule), or set the sysctl"
-        advice += " vm.unprivileged_userfaultfd=1"
+        advice = f"as root: setfacl -m u:{os.geteuid()}:rw /dev/userfaultfd (until the next boot; a udev rule stays)"
+        if not Path("/dev/userfaultfd").exists():
+            advice = "be root, or use kernel 6.1 or newer, which has /dev/userfaultfd to give you access to"
         if error.errno == errno.ENOSYS:
             advice = "use a kernel with CONFIG_USERFAULTFD"
         return [Check(name="userfaultfd", ok=False, found=_words(error), advice=advice)]
@@ -126,6 +128,13 @@ def _userfaultfd() -> list[Check]:
         os.close(descriptor)
     checks.append(_features(features, release))
     return checks
+
+
+def _privileges() -> list[Check]:
+    return [
+        Check(name=each.name, ok=each.held, found=each.found, advice=each.advice, needed=each.needed)
+        for each in privileges(paths.cache_dir)
+    ]
 
 
 def _features(offered: int, release: str) -> Check:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from hva_host import doctor
 from hva_host.doctor import Check, examine
+from hva_host.privileges import privileges
 from hvaqemu.errors import HostError
 from hvaqemu.qemu.profile import S390X
 
@@ -28,7 +33,7 @@ def test_every_check_that_fails_says_what_to_do(own_places: Path) -> None:
     assert len(by_name(checks)) == len(checks)
     for check in checks:
         assert check.found
-        assert check.ok == (not check.advice)
+        assert check.ok == (not check.advice), check
         assert "\n" not in check.found + check.advice
     assert by_name(checks)["Python"].ok
     assert Check.model_validate_json(checks[0].model_dump_json()) == checks[0]
@@ -117,3 +122,38 @@ def test_room(tmp_path: Path) -> None:
 
     refused = doctor._room("here", not_ours, 1, "VARIABLE")
     assert (refused.ok, refused.found, refused.advice) == (False, "/x: belongs to user 5", "choose another place")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up privileges")
+def test_what_an_ordinary_user_lacks_is_told_with_what_works_without_it(tmp_path: Path) -> None:
+    """The same checks, in a process that has no privilege left."""
+    tmp_path.chmod(0o777)
+    program = (
+        "import os, sys; from pathlib import Path; from hva_host.privileges import privileges\n"
+        "import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))\n"
+        "os.setgroups([]); os.setresgid(4321, 4321, 4321); os.setresuid(4321, 4321, 4321)\n"
+        "[print(*each, sep='|') for each in privileges(lambda: Path(sys.argv[1]))]"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = {words[0]: words for words in (line.split("|") for line in done.stdout.splitlines())}
+    assert found["user"][2] == "ordinary user 4321"
+    assert found["locked memory"][1] == found["last for the OOM killer"][1] == "False"
+    assert "limit 8.0 MiB: pagers are not locked" in found["locked memory"][2]
+    assert found["read leases on layers"][1] == "True"
+    for words in found.values():
+        assert (words[1] == "True") == (words[3] == "")
+    before = Path("/proc/self/oom_score_adj").read_text()
+    privileges(lambda: tmp_path)
+    assert Path("/proc/self/oom_score_adj").read_text() == before
+
+
+@pytest.mark.parametrize(("scope", "held"), [("0", True), ("1", True), ("2", None), ("3", False)])
+def test_yama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, held: bool | None) -> None:
+    (tmp_path / "scope").write_text(scope)
+    monkeypatch.setattr("hva_host.privileges._YAMA", tmp_path / "scope")
+    found = next(each for each in privileges(lambda: tmp_path) if "ptrace" in each.name)
+    assert found.held == (os.geteuid() == 0 if held is None else held)
+    assert found.needed is not found.held

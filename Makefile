@@ -2,13 +2,15 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup demo lint test bench clean
+.PHONY: help setup demo lint test bench fuzz soak clean
 
 help:
 	@echo "make demo   set up, then boot a guest, reclaim its memory, check every byte: table, report/, picture"
 	@echo "make test   set up, lint, all tests (the ones in tests/vm boot guests)"
 	@echo "make lint   set up, ruff, mypy, import-linter"
 	@echo "make bench  set up, measure what the README's figures come from"
+	@echo "make fuzz   set up, fuzz what reads the other side's bytes (MINUTES=30)"
+	@echo "make soak   set up, kill everything at random beside a guest that verifies itself (SECONDS=1200 SEED=)"
 	@echo "make clean  delete what was built in this folder; images stay cached (see: hvaqemu image list)"
 
 setup:
@@ -29,6 +31,16 @@ test: lint
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+MINUTES ?= 30
+fuzz: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+SECONDS ?= 1200
+SEED ?=
+soak: setup
+	$(BIN)/python -m tests.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) --json report/soak.json
 
 clean:
 	rm -rf .venv build report .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

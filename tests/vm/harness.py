@@ -35,11 +35,12 @@ UNUSED, VOLATILE = ReclaimState.UNUSED, ReclaimState.VOLATILE
 BOTH = (UNUSED, VOLATILE)
 
 #: What a guest's kernel says when its memory is not what it was.
-_COMPLAINTS = re.compile(
+COMPLAINTS = re.compile(
     r"BUG|Oops|[Bb]ad page|[Cc]orrupt|Unable to handle|list_(add|del)|User process fault|Kernel panic"
     r"|EXT4-fs (error|warning)|I/O error|[Bb]ad checksum"
 )
-_TREE = "find /etc /usr/sbin /usr/bin/[a-m]* -xdev -type f -print0 | sort -z | xargs -0 md5sum | md5sum"
+#: Prints a checksum of many files of the image.
+TREE = "find /etc /usr/sbin /usr/bin/[a-m]* -xdev -type f -print0 | sort -z | xargs -0 md5sum | md5sum"
 
 
 class Guest:
@@ -72,11 +73,11 @@ class Guest:
 
     async def tree_digest(self) -> str:
         """A checksum of many files of the image, read through the guest's page cache."""
-        return await self.run(_TREE)
+        return await self.run(TREE)
 
     async def complaints(self) -> list[str]:
         """Lines of the guest kernel's log that no healthy guest has."""
-        return [line for line in (await self.run("dmesg")).splitlines() if _COMPLAINTS.search(line)]
+        return [line for line in (await self.run("dmesg")).splitlines() if COMPLAINTS.search(line)]
 
     # From outside
 
@@ -108,14 +109,17 @@ class Guest:
 
 @asynccontextmanager
 async def running_guest(
-    name: str, *, memory: int = 512 * MiB, cpus: int = 2, extra_disks: Sequence[Path] = ()
+    name: str, *, memory: int = 512 * MiB, cpus: int = 2, extra_disks: Sequence[Path] = (), **more: Any
 ) -> AsyncIterator[Guest]:
-    """A VM that runs; whatever the test does to it, nothing may be left of it afterwards."""
+    """A VM that runs; whatever the test does to it, nothing may be left of it afterwards.
+
+    :param more: further keys of its config.
+    """
     events: list[tuple[str, dict[str, Any]]] = []
     fleet = Fleet(runtime_dir(), embedded=True, on_event=lambda event, data: events.append((event, data)))
     disks = tuple(ExtraDisk(path=path) for path in extra_disks)
     config = VmConfig(
-        name=name, memory=memory, cpus=cpus, extra_disks=disks, allow_exec=True, boot_timeout=BOOT_SECONDS
+        name=name, memory=memory, cpus=cpus, extra_disks=disks, allow_exec=True, boot_timeout=BOOT_SECONDS, **more
     )
     try:
         vm = await fleet.up(config, print)

@@ -15,6 +15,9 @@ import time
 PAGE = 4096
 REMEMBERED = "/run/churn.json"
 FOLDER = "/var/tmp/churn"
+#: A tmpfs: its pages are anonymous memory with a name.
+MEMORY_FOLDER = "/dev/shm/churn"
+ROOT_DISK = "/dev/vda"
 IMAGE_BYTES = 64 << 20
 
 
@@ -36,6 +39,11 @@ def digest(path, from_disk=False):
         return hashlib.md5(file.read()).hexdigest()
 
 
+def mapped_digest(path):
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        return hashlib.md5(mapping).hexdigest()
+
+
 def image_files():
     """Files of the image, the same ones whenever asked, about ``IMAGE_BYTES`` of them."""
     found, size = [], 0
@@ -49,10 +57,13 @@ def image_files():
     return found
 
 
-def churn_memory(name, end):
+# Each goes on while ``going()`` says so, which is asked once a round; then it verifies what it still has.
+
+
+def churn_memory(name, going):
     """Blocks of anonymous memory, each of its own size, filled, verified and given back in random order."""
     blocks, made, pages = [], 0, 0
-    while time.monotonic() < end:
+    while going():
         key, size = (name, made), random.choice((1, 3, 16, 64, 256))
         block = mmap.mmap(-1, size * PAGE)
         block[:] = pattern(key, size)
@@ -68,12 +79,12 @@ def churn_memory(name, end):
     return made
 
 
-def churn_files(name, end):
+def churn_files(name, going, folder=FOLDER):
     """Files written, sometimes synced, verified (sometimes from disk), deleted."""
     files, made = [], 0
-    while time.monotonic() < end:
+    while going():
         key, size = (name, made), random.choice((1, 5, 40, 200))
-        path = "%s/%s-%d" % (FOLDER, name, made)
+        path = "%s/%s-%d" % (folder, name, made)
         with open(path, "wb") as file:
             file.write(pattern(key, size))
             if made % 4 == 0:
@@ -94,46 +105,86 @@ def verify_file(key, path, size, from_disk):
     os.unlink(path)
 
 
-def reread_image(_name, end):
-    """Files of the image, read again and again, from the cache and from disk."""
+def churn_tmpfs(name, going):
+    """The same where files are memory."""
+    return churn_files(name, going, MEMORY_FOLDER)
+
+
+def reread_image(_name, going):
+    """Files of the image, read again and again: from the cache, through a mapping, and from disk."""
     with open(REMEMBERED) as file:
         known = json.load(file)
     paths, done = sorted(known), 0
-    while time.monotonic() < end:
+    while going():
         path = random.choice(paths)
-        check(digest(path, done % 5 == 0) == known[path], path)
+        if done % 3 == 1 and os.path.getsize(path):
+            check(mapped_digest(path) == known[path], "%s (mapped)" % path)
+        else:
+            check(digest(path, done % 5 == 0) == known[path], path)
         done += 1
     return done
 
 
-def child(work, name, end, pipe):
+def press_cache(_name, going):
+    """Read the root disk in stretches: page cache that nobody needs, and that pushes out what others do."""
+    done = 0
+    with open(ROOT_DISK, "rb", buffering=0) as disk:
+        size = disk.seek(0, os.SEEK_END)
+        while going():
+            disk.seek(random.randrange(size // PAGE) * PAGE)
+            for _ in range(16):
+                disk.read(1 << 18)
+            done += 1
+    return done
+
+
+WORKS = {
+    "memory-a": churn_memory,
+    "memory-b": churn_memory,
+    "files": churn_files,
+    "image": reread_image,
+    "tmpfs": churn_tmpfs,
+    "cache": press_cache,
+}
+
+
+def make_folders():
+    for folder in (FOLDER, MEMORY_FOLDER):
+        os.makedirs(folder, exist_ok=True)
+
+
+def remember():
+    with open(REMEMBERED, "w") as file:
+        json.dump({path: digest(path) for path in image_files()}, file)
+
+
+def child(work, name, going, said, complained):
+    """In a process of its own: work, and say what came of it."""
     status = 1
     try:
         random.seed(name)
-        done = work(name, end)
-        os.write(pipe, ("%s: %d\n" % (name, done)).encode())
+        done = work(name, going)
+        os.write(said, ("%s: %d\n" % (name, done)).encode())
         status = 0
     except SystemExit as mismatch:
-        os.write(2, (str(mismatch) + "\n").encode())
+        os.write(complained, (str(mismatch) + "\n").encode())
     except BaseException as error:
-        os.write(2, ("%s: %r\n" % (name, error)).encode())
+        os.write(complained, ("%s: %r\n" % (name, error)).encode())
     finally:
         os._exit(status)
 
 
 def main(argument):
     if argument == "remember":
-        with open(REMEMBERED, "w") as file:
-            json.dump({path: digest(path) for path in image_files()}, file)
+        remember()
         return 0
-    os.makedirs(FOLDER, exist_ok=True)
+    make_folders()
     end = time.monotonic() + float(argument)
-    works = [(churn_memory, "memory-a"), (churn_memory, "memory-b"), (churn_files, "files"), (reread_image, "image")]
     children = {}
-    for work, name in works:
+    for name, work in WORKS.items():
         pid = os.fork()
         if pid == 0:
-            child(work, name, end, 1)
+            child(work, name, lambda: time.monotonic() < end, 1, 2)
         children[pid] = name
     bad = 0
     while children:
@@ -145,4 +196,5 @@ def main(argument):
     return bad
 
 
-sys.exit(main(sys.argv[1]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

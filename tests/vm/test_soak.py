@@ -1,0 +1,47 @@
+"""A minute of ``make soak``: whoever is killed, in whatever order, the guest's bytes are right."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from tests.soak.deeds import How, Target, deeds
+from tests.soak.outcome import by_deed, show
+from tests.soak.soak import Options, run
+from tests.vm.board import Gap
+
+_SECONDS = 60.0
+_SEED = 20260
+
+
+@pytest.mark.timeout(900)
+def test_a_minute_of_soak() -> None:
+    outcome = run(Options(_SECONDS, _SEED), print)
+    show(outcome)
+    assert outcome.problems == []
+    # It was a test: all of them died, often, while there was something to lose.
+    assert outcome.kills[Target.PAGER] >= 10
+    assert outcome.kills[Target.HOST_AGENT] >= 4
+    assert outcome.kills[Target.GUEST_AGENT] >= 1
+    assert outcome.kills[Target.PAGER_PARENT] >= 1
+    assert outcome.pager_restarts >= 5
+    assert outcome.epochs >= 20
+    assert outcome.discarded_pages > 20_000
+    assert outcome.refaults > 5_000
+    assert min(outcome.verified.values()) > 0
+
+
+def test_deeds_are_the_same_for_the_same_seed() -> None:
+    first, again, other = (list(islice(deeds(seed), 500)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert {deed.how for deed in first} == set(How)
+    assert {target for deed in first for target in deed.targets} == set(Target)
+    assert any(len(deed.targets) == 2 for deed in first)
+
+
+def test_a_gap_belongs_to_the_last_deed_before_it() -> None:
+    done = [(10.0, "a"), (11.0, "b"), (12.0, "a")]
+    gaps = [Gap(9.0, 5.0), Gap(9.99, 0.5), Gap(10.5, 0.7), Gap(12.1, 0.2)]
+    found = by_deed(done, gaps)
+    assert (found["a"].times, found["a"].longest_s, found["b"].longest_s) == (2, 0.7, 0.0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from hva_host.agent import pager_keeper
 from hva_host.agent.pager_process import call
 from tests.kernel.faults import COPIES, FREE, Machine
 
@@ -123,4 +126,17 @@ async def test_again_and_again(machine: Machine) -> None:
         machine.kill_pager()
         await machine.restarted(times)
     await reading
+    await everything_works(machine)
+
+
+async def test_stuck(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pager that stands still is as good as dead: it is killed and replaced, and the guest goes on."""
+    assert await machine.epoch() is not None
+    monkeypatch.setattr(pager_keeper, "_STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(pager_keeper, "_ASK_SECONDS", 0.1)
+    # Let the keeper come to the new interval.
+    await machine.replace_pager()
+    os.kill(machine.pager.pid, signal.SIGSTOP)
+    assert await machine.read(COPIES[3]) in machine.expected[COPIES[3]]
+    await machine.restarted(2)
     await everything_works(machine)

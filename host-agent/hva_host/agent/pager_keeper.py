@@ -1,4 +1,4 @@
-"""Sees to it that a living QEMU has a pager: a dead one is replaced, as often and as long as it takes."""
+"""Sees to it that a living QEMU has a pager: a dead or stuck one is replaced, as often and as long as it takes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ _RETRY_SECONDS = 0.2
 _RETRY_MAX_SECONDS = 10.0
 #: QEMU's end takes its pager with it, and may be seen a moment later.
 _QEMU_ENDS_SECONDS = 0.01
+#: How often a pager is asked for a sign of life, and how long it may take. Its longest step takes milliseconds.
+_ASK_SECONDS = 10.0
+_STUCK_SECONDS = 20.0
 
 
 class PagerWatcher(Protocol):
@@ -47,11 +50,11 @@ async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Seq
 async def keep_pager(
     pager: PagerHandle, process: QemuProcess, layers: Sequence[tuple[Path, Path]], watcher: PagerWatcher
 ) -> None:
-    """Replace the pager whenever it dies, until QEMU ends or the caller cancels this."""
+    """Replace the pager whenever it dies or no longer answers, until QEMU ends or the caller cancels this."""
     pause = _RETRY_SECONDS
     died: float | None = None
     while process.alive:
-        await asyncio.shield(pager.link.lost)
+        await _lost(pager)
         if died is None:
             with contextlib.suppress(DeadlineExceeded):
                 await process.wait(_QEMU_ENDS_SECONDS)
@@ -68,3 +71,16 @@ async def keep_pager(
             continue
         watcher.pager_back(time.monotonic() - died)
         pause, died = _RETRY_SECONDS, None
+
+
+async def _lost(pager: PagerHandle) -> None:
+    """Wait until the pager is gone; one that does not answer is killed, which costs nothing but a pause."""
+    while not pager.link.lost.done():
+        await asyncio.wait({pager.link.lost}, timeout=_ASK_SECONDS)
+        try:
+            await pager.link.call("hello", timeout=_STUCK_SECONDS)
+        except DeadlineExceeded:
+            pager.kill()
+            await asyncio.wait({pager.link.lost}, timeout=_STUCK_SECONDS)
+        except HvaError:
+            continue

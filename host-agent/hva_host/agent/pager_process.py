@@ -78,6 +78,10 @@ class PagerHandle:
         :raise HvaError: there is none, or it does not answer.
         """
         await self._greet(CALL_SECONDS)
+        self._forget()
+        # It may just have died; then its link is lost too.
+        with suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(self.pid)
 
     async def _greet(self, timeout: float) -> None:
         self.link = PagerLink(self._on_event)
@@ -92,7 +96,7 @@ class PagerHandle:
         self.pid = int(hello["pid"])
 
     def kill(self) -> None:
-        """End a pager we started that is of no use."""
+        """End a pager that is of no use. Nothing is lost: another takes over where it stood."""
         if self._pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)

@@ -21,7 +21,7 @@ ALTERED = 20
 
 @pytest.fixture
 async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
-    found = Machine(tmp_path, {"layer.read": "EIO", "uffd.copy": "ENOMEM", "uffd.protect": "ENOMEM"})
+    found = Machine(tmp_path, {"layer.read": "EIO"})
     try:
         await found.start()
         assert await found.epoch() is not None
@@ -169,23 +169,6 @@ async def test_a_read_error(machine: Machine) -> None:
     (held,) = await machine.held()
     assert f"Input/output error (at fault point layer.read) at block {ALTERED}" in held["reason"]
     await resumed(machine, reading)
-
-
-async def test_no_memory_for_a_page_is_tried_again(machine: Machine) -> None:
-    machine.arm("uffd.copy")
-    await machine.check()
-    assert not machine.armed("uffd.copy")
-
-
-async def test_no_memory_for_page_tables_abandons_the_epoch(machine: Machine) -> None:
-    await machine.check()
-    machine.arm("uffd.protect")
-    done = await machine.epoch()
-    assert done is not None
-    assert done["note"].startswith("abandoned while protecting: Cannot allocate memory")
-    assert done["discarded"] == 0
-    await machine.check()
-    assert (await machine.epoch() or {})["discarded"] > 0
 
 
 def rewrite(ledger: Path, old: bytes, new: bytes) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvaqemu.errors import HostError
-from hvaqemu.paths import cache_dir
+from hvaqemu.paths import cache_dir, private_folder
 
 _FLAGS = ("-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden")
 _COMPILE_SECONDS = 120.0
@@ -41,7 +41,7 @@ def ensure_library(
         return library
     progress(f"compiling {source.name}")
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / library.name
             _gcc([*_FLAGS, *flags, "-o", str(built), str(source)], packages)
@@ -64,6 +64,7 @@ def _gcc(arguments: list[str], packages: str) -> None:
             errors="replace",
             timeout=_COMPILE_SECONDS,
             env={**os.environ, "LC_ALL": "C"},
+            umask=0o077,
         )
     except FileNotFoundError as error:
         raise HostError("gcc: not found", hint) from error

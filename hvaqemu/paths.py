@@ -16,13 +16,22 @@ from hvaqemu.errors import HostError
 SOCKET_PATH_MAX = 107
 
 
+def private_folder(path: Path) -> None:
+    """Make ``path`` and what is missing above it for their owner only, whatever the umask.
+
+    :raise OSError: it can not be made.
+    """
+    for folder in (*reversed(path.parents), path):
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def _private(path: Path) -> Path:
     """Make ``path`` (and its parents) and see that it is ours alone.
 
     :raise HostError: not ours, open to others, or can not be made.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(path)
         status = path.stat()
     except OSError as error:
         raise HostError(f"{path}: {error.strerror}", "make it writable or choose another place") from error

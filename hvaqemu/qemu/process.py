@@ -140,6 +140,8 @@ class QemuProcess:
                 env=environment,
                 pass_fds=pass_fds,
                 start_new_session=True,
+                # What it writes, the console's log above all, is for its owner only.
+                umask=0o077,
                 preexec_fn=_die_with(os.getpid()) if die_with_parent else None,
             )
         except FileNotFoundError as error:

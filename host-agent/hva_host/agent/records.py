@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hva_host.agent.layer_watch import LayerContent
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, HostError
-from hvaqemu.paths import state_dir
+from hvaqemu.paths import private_folder, state_dir
 
 _RECORD = "vm.json"
 
@@ -70,7 +70,7 @@ class VmFolder:
                 f"VM {name}: the name is taken by a VM that another hvaqemu runs", "choose another name"
             ) from error
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(self.path)
         except OSError as error:
             self.release()
             raise HostError(f"{self.path}: {error.strerror}") from error
@@ -100,6 +100,7 @@ class VmFolder:
         """
         scratch = self.path / f"{_RECORD}.new"
         try:
+            scratch.touch(mode=0o600)
             scratch.write_text(record.model_dump_json())
             scratch.replace(self.path / _RECORD)
         except OSError as error:
@@ -112,7 +113,7 @@ class VmFolder:
         """
         try:
             shutil.rmtree(self.disks, ignore_errors=True)
-            self.disks.mkdir(mode=0o700, parents=True)
+            private_folder(self.disks)
         except OSError as error:
             raise HostError(f"{self.disks}: {error.strerror}") from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from hva_host.report.model import ScenarioReport
 from hva_host.report.table import report_text
 from hvaqemu.errors import HostError
+from hvaqemu.paths import private_folder
 
 JSON_FILE = "report.json"
 TEXT_FILE = "report.txt"
@@ -16,7 +17,9 @@ PICTURE_FILE = "timeline.png"
 
 def report_json(report: ScenarioReport) -> str:
     """The report as JSON, its verdict first; ends with a line end."""
-    return json.dumps({"ok": report.ok, **report.model_dump(mode="json")}, indent=2, ensure_ascii=False) + "\n"
+    # ASCII: it holds what the guest printed, and somebody will look at it on a terminal.
+    text = json.dumps({"ok": report.ok, **report.model_dump(mode="json")}, indent=2)
+    return text.replace("\x7f", "\\u007f") + "\n"
 
 
 def report_folder(folder: Path) -> Path:
@@ -25,7 +28,7 @@ def report_folder(folder: Path) -> Path:
     :raise HostError: it can not be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
     except OSError as error:
         raise HostError(f"{folder}: {error.strerror}", "choose another place for the report") from error
     return folder
@@ -56,6 +59,8 @@ def write_report(report: ScenarioReport, folder: Path) -> list[Path]:
 
 def _write(path: Path, content: bytes) -> None:
     try:
+        # What guests print may be secret: a new file is its owner's, one that is there keeps its mode.
+        path.touch(mode=0o600)
         path.write_bytes(content)
     except OSError as error:
         raise HostError(f"{path}: {error.strerror}", "make room, or choose another place") from error

@@ -159,6 +159,10 @@ class Machine:
         """Have the child open a file, as QEMU has its disks open."""
         await self._vcpu(f"o {path}")
 
+    async def plug(self, pages: int) -> None:
+        """Have the child get further RAM, as a hot-plugged memory device would."""
+        await self._vcpu(f"p {pages}")
+
     async def read(self, pfn: int) -> int:
         """CRC-32 of a page as the vCPU reads it, however long that takes."""
         return int((await self._vcpu(f"r {pfn}")).split()[1])

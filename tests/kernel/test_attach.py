@@ -88,7 +88,7 @@ def test_a_ledger_of_another_version_is_refused(guest: Guest) -> None:
     second = subprocess.run([sys.executable, "-c", ATTACH, str(guest.child.pid)], capture_output=True, text=True)
     assert second.returncode == 1
     with pytest.raises(RefusedError, match="version 99"):
-        Ledger(os.dup(guest.ram.ledger.fd), PAGES)
+        Ledger(os.dup(guest.ram.ledger.fd), PAGES, os.fstat(guest.ram.backing.fd).st_ino)
 
 
 def test_a_device_that_pins_ram_is_seen(tmp_path: Path) -> None:

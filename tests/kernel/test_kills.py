@@ -8,11 +8,13 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hva_host.agent import pager_keeper
 from hva_host.agent.pager_process import call
-from tests.kernel.faults import COPIES, FREE, Machine
+from hvaqemu.errors import RefusedError
+from tests.kernel.faults import COPIES, FREE, PAGES, Machine
 
 EPOCH = [
     "pager.epoch.sifted",
@@ -116,6 +118,16 @@ async def test_in_a_restore(machine: Machine) -> None:
     await machine.restarted(1)
     assert (await call(machine.pager, "restore"))["left"] == 0
     await everything_works(machine)
+
+
+async def test_with_memory_plugged_in_since(machine: Machine) -> None:
+    """No epoch any more, but what is discarded comes back, from the right memory."""
+    assert await machine.epoch() is not None
+    await machine.plug(PAGES)
+    await machine.replace_pager()
+    with pytest.raises(RefusedError, match="several RAM memfds"):
+        await machine.driver.transact(machine.pager.link, np.zeros(PAGES, dtype=np.uint8), 1.0)
+    await machine.check()
 
 
 async def test_again_and_again(machine: Machine) -> None:

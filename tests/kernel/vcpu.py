@@ -2,7 +2,8 @@
 
 Run as a script: ``vcpu.py PAGES``. It prints the RAM's address, then obeys one line at a time on stdin:
 ``r PFN`` answers the page as hex of its first 8 bytes and a checksum, ``w PFN TEXT`` writes TEXT at its start,
-``m PFN PFN…`` reads a byte of each page, one after the other, ``o PATH`` opens a file for reading and keeps it open.
+``m PFN PFN…`` reads a byte of each page, one after the other, ``o PATH`` opens a file for reading and keeps it open,
+``p PAGES`` plugs further RAM in.
 """
 
 from __future__ import annotations
@@ -27,10 +28,17 @@ def main(pages: int) -> None:
     memory = mmap.mmap(ram, pages * PAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     print(address, *kept, ram, flush=True)
+    plugged = []
     for line in sys.stdin:
         verb, pfn, *rest = line.split()
         if verb == "o":
             kept.append(os.open(pfn, os.O_RDONLY))
+            print("ok", flush=True)
+            continue
+        if verb == "p":
+            more = os.memfd_create("memory-backend-memfd")
+            os.ftruncate(more, int(pfn) * PAGE)
+            plugged.append(mmap.mmap(more, int(pfn) * PAGE))
             print("ok", flush=True)
             continue
         start = int(pfn) * PAGE

@@ -24,6 +24,9 @@ from hva_host.memory.ledger import (
 from hvaqemu.errors import RefusedError
 from hvaqemu.pages import Residence
 
+#: Inode number of the RAM.
+_RAM = 4711
+
 
 @pytest.fixture
 def fd() -> Iterator[int]:
@@ -47,11 +50,11 @@ def test_numbers_out_of_range_are_refused() -> None:
 
 def test_what_one_pager_wrote_the_next_one_reads(fd: int) -> None:
     record = LayerRecord(1, 2, 3, 4, 5, 6, "/a/golden image,1.raw", "/b/é.idx")
-    first = Ledger(os.dup(fd), 100)
+    first = Ledger(os.dup(fd), 100, _RAM)
     first.store(np.array([7]), np.array([ZERO_ENTRY], dtype=np.uint64))
     first.record_layer(3, record)
     first.count(module.Counter.REFAULTS, 5)
-    second = Ledger(os.dup(fd), 100)
+    second = Ledger(os.dup(fd), 100, _RAM)
     assert second.entries[7] == ZERO_ENTRY
     assert second.layers() == {3: record}
     assert second.counters[module.Counter.REFAULTS] == 5
@@ -62,7 +65,7 @@ def test_what_one_pager_wrote_the_next_one_reads(fd: int) -> None:
     st.lists(st.tuples(st.integers(0, 31), st.integers(1, 8), st.sampled_from(["zero", "layer", "erase"])), max_size=30)
 )
 def test_totals_are_what_the_entries_say(changes: list[tuple[int, int, str]]) -> None:
-    ledger = Ledger(os.memfd_create("ledger"), 40)
+    ledger = Ledger(os.memfd_create("ledger"), 40, _RAM)
     try:
         for start, count, what in changes:
             erased = ledger.erase(start, count)
@@ -78,7 +81,7 @@ def test_totals_are_what_the_entries_say(changes: list[tuple[int, int, str]]) ->
 
 
 def test_a_slot_is_written_once(fd: int) -> None:
-    ledger = Ledger(os.dup(fd), 8)
+    ledger = Ledger(os.dup(fd), 8, _RAM)
     record = LayerRecord(1, 2, 3, 4, 5, 6, "/a", "/b")
     ledger.record_layer(0, record)
     with pytest.raises(RefusedError, match="taken"):
@@ -89,17 +92,19 @@ def test_a_slot_is_written_once(fd: int) -> None:
 
 
 def test_another_version_or_size_is_refused(fd: int) -> None:
-    Ledger(os.dup(fd), 8)
+    Ledger(os.dup(fd), 8, _RAM)
+    with pytest.raises(RefusedError, match="not that of this RAM"):
+        Ledger(os.dup(fd), 8, _RAM + 1)
     with pytest.raises(RefusedError, match="not one for 16 pages"):
-        Ledger(os.dup(fd), 16)
+        Ledger(os.dup(fd), 16, _RAM)
     os.pwrite(fd, (3).to_bytes(8, "little"), 8)
     with pytest.raises(RefusedError, match="version 3"):
-        Ledger(os.dup(fd), 8)
+        Ledger(os.dup(fd), 8, _RAM)
 
 
 def test_a_ledger_cut_off_while_it_was_laid_out_is_laid_out_anew(fd: int) -> None:
-    Ledger(os.dup(fd), 8)
+    Ledger(os.dup(fd), 8, _RAM)
     os.pwrite(fd, bytes(8), 0)
     os.pwrite(fd, (77).to_bytes(8, "little"), 8)
-    assert Ledger(os.dup(fd), 8).pages == 8
-    assert Ledger(os.dup(fd), 8).totals()[Residence.LAYER] == 0
+    assert Ledger(os.dup(fd), 8, _RAM).pages == 8
+    assert Ledger(os.dup(fd), 8, _RAM).totals()[Residence.LAYER] == 0

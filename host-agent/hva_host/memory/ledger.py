@@ -2,7 +2,7 @@
 
 File layout (host byte order; the memfd never leaves the host)::
 
-    0        header page: magic, version, page count; counters at 512; the histogram of waits at 1024
+    0        header page: magic, version, page count, inode of the RAM; counters at 512; the histogram of waits at 1024
     4096     LAYERS slots of 4096 bytes: the layers entries may name
     ENTRIES  one 8-byte entry a page
 
@@ -40,7 +40,7 @@ LEDGER_NAME = "hva-ledger"
 VERSION = 2
 LAYERS = 63
 _MAGIC = int.from_bytes(b"HVALEDGR", "little")
-_HEADER = struct.Struct("=QQQ")
+_HEADER = struct.Struct("=QQQQ")
 _COUNTERS_OFFSET = 512
 _HISTOGRAM_OFFSET = 1024
 _ENTRIES_OFFSET = (1 + LAYERS) * PAGE_SIZE
@@ -123,14 +123,15 @@ class Ledger:
     :ivar histogram: memory for how long faults waited (:class:`hva_host.pager.stalls.Stalls`), writable bytes.
     """
 
-    def __init__(self, fd: int, pages: int) -> None:
+    def __init__(self, fd: int, pages: int, ram: int) -> None:
         """Open the ledger in ``fd``, or lay a new one out where the memfd is still empty.
 
         The lock is a POSIX record lock: the descriptor's open file description is shared with QEMU and with every
         earlier pager, so ``flock`` and OFD locks would be shared too (fcntl(2)); a record lock is the process's own.
 
         :param fd: owned from now on.
-        :raise RefusedError: another process has it, or it is of another version or size.
+        :param ram: inode number of the memfd whose pages these are.
+        :raise RefusedError: another process has it, or it is of another version, size or RAM.
         :raise HostError: the host has no memory for it.
         """
         self.fd = fd
@@ -145,16 +146,18 @@ class Ledger:
             raise RefusedError(f"the VM's ledger is not one for {pages} pages of RAM")
         _allocate(fd, size)
         self._map = mmap.mmap(fd, size)
-        magic, version, stored_pages = _HEADER.unpack_from(self._map)
+        magic, version, stored_pages, stored_ram = _HEADER.unpack_from(self._map)
         if magic == 0:
             # The magic comes last, so that a pager killed in here leaves a ledger that is laid out anew.
-            _HEADER.pack_into(self._map, 0, 0, VERSION, pages)
+            _HEADER.pack_into(self._map, 0, 0, VERSION, pages, ram)
             self._map[0:8] = _MAGIC.to_bytes(8, "little")
         elif magic != _MAGIC or version != VERSION or stored_pages != pages:
             raise RefusedError(
                 f"the VM's ledger has version {version} for {stored_pages} pages; this pager knows version {VERSION}",
                 "use the hvaqemu the VM was started with, or 'hvaqemu restore' with that one first",
             )
+        elif stored_ram != ram:
+            raise RefusedError("the VM's ledger is not that of this RAM")
         self.pages = pages
         self.entries: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, pages, _ENTRIES_OFFSET)
         self.words = memoryview(self._map)[_ENTRIES_OFFSET:].cast("Q")
@@ -232,6 +235,13 @@ class Ledger:
         start = offset + _SLOT.size
         self._map[start : start + len(path) + len(index_path)] = path + index_path
         self._map[offset : offset + 8] = _VALID.to_bytes(8, "little")
+
+
+def recorded_ram(fd: int) -> int:
+    """Inode number of the memfd that the ledger in ``fd`` is for, 0 if none is laid out."""
+    header = os.pread(fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0")
+    magic, version, _, ram = _HEADER.unpack(header)
+    return int(ram) if (magic, version) == (_MAGIC, VERSION) else 0
 
 
 def _allocate(fd: int, size: int) -> None:

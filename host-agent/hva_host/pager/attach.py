@@ -10,7 +10,7 @@ import os
 
 from hva_host.memory.backing import Backing
 from hva_host.memory.layers import LayerBetrayed
-from hva_host.memory.ledger import LEDGER_NAME, Ledger
+from hva_host.memory.ledger import LEDGER_NAME, Ledger, recorded_ram
 from hva_host.memory.syscalls import pidfd_getfd
 from hva_host.memory.userfaultfd import Userfaultfd
 from hva_host.pager import refusals
@@ -38,11 +38,11 @@ def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
     links = descriptors(pid)
     ledger_fd = _take(pidfd, links, _LEDGER, f"process {pid} has no ledger: it runs without the shim")
     store_fd = _take(pidfd, links, _STORE, f"process {pid} has no store: it runs without the shim")
-    ram_fd = _take(pidfd, links, _RAM, f"process {pid} has no guest RAM in a memfd")
+    ram_fd = _take(pidfd, links, _RAM, f"process {pid} has no guest RAM in a memfd", recorded_ram(ledger_fd))
     uffd = Userfaultfd(_take(pidfd, links, _UFFD, f"process {pid} has no userfaultfd: it runs without the shim"))
     backing = Backing(ram_fd)
     base = refusals.mapped_at(pid, backing)
-    ledger = Ledger(ledger_fd, backing.pages)
+    ledger = Ledger(ledger_fd, backing.pages, os.fstat(ram_fd).st_ino)
     reach("pager.attach.locked")
     if not any(ledger.totals().values()):
         # A guest with discarded pages needs its pager whatever was plugged in since: only epochs are refused then.
@@ -61,10 +61,12 @@ def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
     return ram
 
 
-def _take(pidfd: int, links: dict[int, str], wanted: str, missing: str) -> int:
+def _take(pidfd: int, links: dict[int, str], wanted: str, missing: str, inode: int = 0) -> int:
     """A duplicate of the one descriptor with this exact link text; several of one file count as one.
 
     The text is matched as a whole: QEMU's table also holds ``/dev/userfaultfd`` itself.
+
+    :param inode: the one to take where there are several, as after memory was plugged in; 0 where it is not known.
     """
     numbers = sorted(number for number, link in links.items() if link == wanted)
     if not numbers:
@@ -75,6 +77,12 @@ def _take(pidfd: int, links: dict[int, str], wanted: str, missing: str) -> int:
         raise HostError("QEMU does not let us take its descriptors", "use the user that runs QEMU, or root") from error
     except OSError as error:
         raise PeerLost("QEMU went while we attached") from error
+    if inode:
+        for fd in [fd for fd in taken if os.fstat(fd).st_ino != inode]:
+            taken.remove(fd)
+            os.close(fd)
+        if not taken:
+            raise RefusedError(missing, refusals.SHIM_HINT)
     inodes = {os.fstat(fd).st_ino for fd in taken}
     for fd in taken[1:]:
         os.close(fd)

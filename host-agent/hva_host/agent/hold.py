@@ -64,12 +64,15 @@ class Hold:
         """Nobody answers faults, and nobody could be found who will: ``why``; "": somebody was."""
         self._no_pager = f"no pager can be started: {why}" if why else ""
 
-    async def end(self, qmp: QmpLink | None) -> None:
-        """No page is held any more: let the guest go on, if it was this that stopped it.
+    def end(self) -> None:
+        """No page is held any more; :meth:`let_go` is to follow."""
+        self.pages = ()
+
+    async def let_go(self, qmp: QmpLink | None) -> None:
+        """Let the guest go on, if it was this that stopped it.
 
         Where there is no QMP to say so, :meth:`connected` does it once there is.
         """
-        self.pages = ()
         await self.cancel()
         with suppress(HvaError):
             await self.connected(qmp)

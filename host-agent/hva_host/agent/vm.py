@@ -436,7 +436,8 @@ class Vm:
             self._listener("VM_HELD", {"name": self.name, "held": held})
             self._can_not_go_on(self._hold.reason)
         else:
-            self._spawn(self._hold.end(self.qmp))
+            self._hold.end()
+            self._spawn(self._hold.let_go(self.qmp))
             self._listener("VM_RELEASED", {"name": self.name})
         self._tell_state()
 

@@ -92,6 +92,7 @@ class Vm:
         #: What goes on beside and ends by itself.
         self._loose: set[asyncio.Task[None]] = set()
         self._told = VmState.STARTING
+        self._held_heard = 0
         self._hold = Hold(record.paused_for_hold, self._record_pause)
         contents = zip(record.layers, record.contents, strict=True)
         self.layers = LayerWatch([(image, content) for (image, _), content in contents], self._on_layers)
@@ -228,8 +229,7 @@ class Vm:
         pager: dict[str, Any] = {}
         measure = None
         with contextlib.suppress(HvaError):
-            pager = await self._pager_status()
-            self._learn_held(pager["held"])
+            pager = await self._what_is_held()
             measure = await self.measure()
         state = self.state
         hello = self.guest.hello
@@ -308,10 +308,9 @@ class Vm:
         :raise HvaError: the pager went or was silent.
         """
         await call(self.pager, "resume")
-        held = (await self._pager_status())["held"]
-        self._learn_held(held)
+        await self._what_is_held()
         await self._settled()
-        return sum(len(entry["pages"]) for entry in held)
+        return sum(len(held.pages) for held in self._hold.pages)
 
     async def execute(
         self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
@@ -417,6 +416,7 @@ class Vm:
 
     def _on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         if name == "held":
+            self._held_heard += 1
             self._learn_held(data["held"])
         else:
             self.reclaimer.on_pager_event(name, data)
@@ -424,7 +424,19 @@ class Vm:
     async def learn_held(self) -> None:
         """Ask the pager what is held: it said so while nobody listened."""
         with contextlib.suppress(HvaError):
-            self._learn_held((await self._pager_status())["held"])
+            await self._what_is_held()
+
+    async def _what_is_held(self) -> dict[str, Any]:
+        """The pager's status, and what it says of held pages learned.
+
+        :raise HvaError: it does not answer.
+        """
+        heard = self._held_heard
+        status = await self._pager_status()
+        # An event that came after the answer, and before we could go on, is newer.
+        if heard == self._held_heard:
+            self._learn_held(status["held"])
+        return status
 
     def _learn_held(self, held: list[dict[str, Any]]) -> None:
         """The pager says what is held now; the guest is stopped or goes on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from hvaqemu.errors import HostError
@@ -21,8 +22,11 @@ def private_folder(path: Path) -> None:
 
     :raise OSError: it can not be made.
     """
-    for folder in (*reversed(path.parents), path):
-        folder.mkdir(mode=0o700, exist_ok=True)
+    for folder in reversed(path.parents):
+        # A file in the way is complained of by what is to come below it.
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+    path.mkdir(mode=0o700, exist_ok=True)
 
 
 def _private(path: Path) -> Path:

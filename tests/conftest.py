@@ -23,6 +23,11 @@ _VARIABLES = ("HVAQEMU_RUNTIME_DIR", "HVAQEMU_STATE_DIR")
 _places: set[str] = set()
 
 
+def pytest_sessionstart() -> None:
+    # As Ctrl-C: fixtures are undone, and nothing that tests have started goes on without them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
     # Before the test's own fixtures are undone, whatever they set.

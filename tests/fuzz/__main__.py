@@ -66,7 +66,11 @@ def _fuzz(target: str, options: list[str]) -> int:
 
     with atheris.instrument_imports(include=["hvaqemu", "hva_guest", "hva_host.agent"]):
         from tests.fuzz.targets import TARGETS
-    atheris.Setup([sys.argv[0], *options], TARGETS[target])
+    # To minimise, libFuzzer starts itself again by the name it was given.
+    again = _GROWING / f"{target}-again"
+    again.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.fuzz {_ONE} {target} "$@"\n')
+    again.chmod(0o700)
+    atheris.Setup([str(again), *options], TARGETS[target])
     atheris.Fuzz()
     return 0
 

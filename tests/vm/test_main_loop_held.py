@@ -1,0 +1,239 @@
+"""QEMU's own main loop waits for a page that must not be served: QMP is silent, and everything an operator needs works.
+
+Commands are processes of their own, as users run them; host agents are killed and adopt the VM as it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from qemu.qmp import QMPClient
+from qemu.qmp.error import QMPError
+
+from hva_host.agent.model import VmStatus
+from hvaqemu.pages import PAGE_SIZE
+from hvaqemu.qemu.launch import QMP_SOCKET
+from hvaqemu.units import MiB
+from tests.vm.betrayal import Dependants, Golden
+from tests.vm.harness import TREE, until
+from tests.vm.host import Host, own_host
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+
+_NAME = "stuck"
+_MEMORY = 256 * MiB
+_VM = f"name: {_NAME}\nmemory: 256M\nallow_exec: true\nboot_timeout: 240s\n"
+_SECONDS = 300.0
+#: A command is a Python process of its own, and may have to start a host agent that adopts the VM first.
+_AT_ONCE = 12.0
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    return Golden(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="module")
+def host(golden: Golden) -> Iterator[Host]:
+    with own_host() as made:
+        made.environment["HVAQEMU_CACHE_DIR"] = str(golden.cache)
+        yield made
+
+
+async def typed(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command that may fail, and must not wait."""
+    began = time.monotonic()
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "hva_host.cli.main", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **host.environment},
+        timeout=_SECONDS,
+    )
+    assert time.monotonic() - began < _AT_ONCE, f"{words}: {done}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+class Stuck:
+    """A VM whose golden image was altered after its pages were discarded, in one block, so that nobody but QEMU's main
+    loop comes to wait."""
+
+    def __init__(self, host: Host, golden: Golden, digest: str) -> None:
+        qemu = host.qemu()
+        assert qemu is not None
+        self.host = host
+        self.golden = golden
+        self.digest = digest
+        self.qemu = qemu
+        dependants = Dependants(qemu, _MEMORY)
+        assert len(dependants.pfns) > 5_000
+        #: The page that the main loop is made to touch, and the altered block.
+        self.page, self.block = int(dependants.pfns[-1]), dependants.blocks[-1:]
+        self.saved = host.folder / "saved"
+
+    def kill_agent(self) -> None:
+        (agent,) = self.host.agents()
+        assert self.host.send(agent, signal.SIGKILL)
+
+    @asynccontextmanager
+    async def monitor(self) -> AsyncIterator[QMPClient]:
+        """QMP, which serves one client: there must be no host agent."""
+        client = QMPClient("test")
+        async with asyncio.timeout(20):
+            await client.connect(str(self.host.runtime / "vms" / _NAME / QMP_SOCKET))
+        try:
+            yield client
+        finally:
+            with suppress(QMPError, EOFError, OSError):
+                await client.disconnect()
+
+    async def stop_main_loop(self) -> None:
+        """Have QEMU's main loop read a page that can not be served; a fault of its own, which no vCPU waits for."""
+        self.saved.unlink(missing_ok=True)
+        async with self.monitor() as client:
+            where = {"val": self.page * PAGE_SIZE, "size": PAGE_SIZE, "filename": str(self.saved)}
+            saving = asyncio.create_task(client.execute("pmemsave", where))
+            asked = asyncio.create_task(client.execute("query-status"))
+            done, _ = await asyncio.wait({saving, asked}, timeout=3)
+            assert not done, "the main loop does not wait"
+            for task in (saving, asked):
+                task.cancel()
+            await asyncio.wait({saving, asked})
+
+    async def repaired(self) -> None:
+        await self.golden.repair(self.block)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stuck(host: Host, golden: Golden) -> AsyncIterator[Stuck]:
+    file = host.folder / "vm.yaml"
+    file.write_text(_VM)
+    await host.command("up", file)
+    digest = await host.command("exec", _NAME, "--timeout", "200s", "--", "sh", "-c", TREE)
+    await host.command("reclaim", _NAME)
+    made = Stuck(host, golden, digest)
+    # Nobody is there to be told: what happens next is found by who adopts the VM.
+    made.kill_agent()
+    await golden.alter(made.block)
+    try:
+        yield made
+    finally:
+        await made.repaired()
+        if host.qemu() is not None:
+            await host.command("down", _NAME)
+
+
+async def is_held(stuck: Stuck) -> VmStatus:
+    """Every command says so, at once, with its exit code."""
+    host, root = stuck.host, str(stuck.golden.root)
+    listed = await typed(host, "ls")
+    assert listed.returncode == 1
+    assert "HELD" in listed.stdout
+    assert root in listed.stdout
+    assert listed.stderr.startswith(f"hvaqemu: VM {_NAME}: HELD, ")
+    assert listed.stderr.count("\n") == 1
+    shown = await typed(host, "status", _NAME, "--json")
+    assert shown.returncode == 1
+    status = VmStatus.model_validate(json.loads(shown.stdout))
+    assert status.state == "held"
+    assert [held.layer for held in status.held] == [root] * len(status.held)
+    assert stuck.page in [page for held in status.held for page in held.pages]
+    assert (await typed(host, "status", _NAME)).returncode == 1
+    for words in (["reclaim"], ["restore"], ["exec", "--timeout", "200s", "--", "true"]):
+        refused = await typed(host, words[0], _NAME, *words[1:])
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"hvaqemu: VM {_NAME} is HELD: ")
+        assert root in refused.stderr
+        assert f"hvaqemu resume {_NAME}" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    return status
+
+
+@pytest.mark.timeout(600)
+async def test_commands_adoption_and_resume(stuck: Stuck) -> None:
+    await stuck.stop_main_loop()
+    status = await is_held(stuck)
+    # Adopted again, with another pager, in that state.
+    stuck.kill_agent()
+    (pager,) = stuck.host.pagers()
+    assert stuck.host.send(pager, signal.SIGKILL)
+    assert (await is_held(stuck)).pager_pid != status.pager_pid
+    still = await typed(stuck.host, "resume", _NAME)
+    assert still.returncode == 1
+    assert "still held" in still.stderr
+    assert not stuck.saved.exists() or stuck.saved.stat().st_size == 0
+    await stuck.repaired()
+    resumed = await typed(stuck.host, "resume", _NAME)
+    assert resumed.returncode == 0, resumed.stderr
+    await until(lambda: stuck.saved.exists() and stuck.saved.stat().st_size == PAGE_SIZE, 20, "QEMU's main loop")
+    with stuck.golden.root.open("rb") as file:
+        assert stuck.saved.read_bytes() == os.pread(file.fileno(), PAGE_SIZE, int(stuck.block[0]) * PAGE_SIZE)
+    deadline = time.monotonic() + 60
+    while (shown := await typed(stuck.host, "ls", "--json")).returncode or '"running"' not in shown.stdout:
+        assert time.monotonic() < deadline, shown
+    await wait_connected(stuck)
+    digest = await stuck.host.command("exec", _NAME, "--timeout", "200s", "--", "sh", "-c", TREE)
+    assert digest == stuck.digest
+    await stuck.host.command("down", _NAME)
+
+
+async def wait_connected(stuck: Stuck) -> None:
+    """Wait until the guest's agent has greeted the host agent."""
+    deadline = time.monotonic() + 60
+    while '"guest_connected": true' not in (await typed(stuck.host, "ls", "--json")).stdout:
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("how", ["held", "held, adopted before", "stopped by a signal"])
+async def test_down_is_quick_whatever_qemu_does(stuck: Stuck, how: str) -> None:
+    if how == "held, adopted before":
+        assert (await typed(stuck.host, "ls")).returncode == 0
+        stuck.kill_agent()
+    if how == "stopped by a signal":
+        assert stuck.host.send(stuck.qemu, signal.SIGSTOP)
+    else:
+        await stuck.stop_main_loop()
+    done = await typed(stuck.host, "down", _NAME)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"{_NAME} is down: ")
+    if how != "stopped by a signal":
+        assert "SIGKILL" in done.stderr
+    await stuck.host.all_gone()
+
+
+async def test_down_while_it_starts_and_after_its_agent_was_killed(host: Host) -> None:
+    file = host.folder / "half.yaml"
+    file.write_text(_VM.replace(_NAME, "half"))
+    environment = {**os.environ, **host.environment}
+    argv = [sys.executable, "-m", "hva_host.cli.main", "up", str(file)]
+    for killed in (False, True):
+        up = await asyncio.create_subprocess_exec(*argv, env=environment, stderr=subprocess.PIPE)
+        assert up.stderr is not None
+        async with asyncio.timeout(200):
+            while b"booting the guest" not in await up.stderr.readline():
+                assert up.returncode is None
+        if killed:
+            for agent in host.agents():
+                host.send(agent, signal.SIGKILL)
+        done = await typed(host, "down", "half")
+        assert done.returncode == 0
+        assert done.stderr.startswith("half is down: ")
+        said = (await up.stderr.read()).decode()
+        assert await up.wait() == 1
+        assert killed or "was ended by 'hvaqemu down' while it was starting" in said
+        await until(lambda: host.qemu() is None, 10, "the end of QEMU")
+        assert not Path(host.runtime / "vms/half").exists()
+    await host.all_gone()

@@ -154,7 +154,7 @@ class Ledger:
         elif magic != _MAGIC or version != VERSION or stored_pages != pages:
             raise RefusedError(
                 f"the VM's ledger has version {version} for {stored_pages} pages; this pager knows version {VERSION}",
-                "use the hvaqemu the VM was started with, or 'hvaqemu restore' with that one first",
+                "use the hvaqemu the VM was started with until the VM is down",
             )
         elif stored_ram != ram:
             raise RefusedError("the VM's ledger is not that of this RAM")

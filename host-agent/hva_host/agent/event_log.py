@@ -17,6 +17,9 @@ _RATE, _BURST = 6.0, 30.0
 _KEYS_MAX = 4096
 #: Epochs are counted, not told: with reclaim going on all the time there is no end of them.
 _UNTOLD = frozenset({"EPOCH"})
+#: What an operator should see among the rest; so are states that take one.
+_LOUD = frozenset({"VM_HELD", "LAYER_WRITER", "LAYER_CHANGED", "RECLAIM_REFUSED", "PAGER_LOST", "PAGER_FAILED"})
+_LOUD_STATES = frozenset({"held", "panicked"})
 
 
 class _Account:
@@ -50,4 +53,5 @@ class EventLog:
         account.until = now + account.bucket.take(1, now)
         more = f" (and {account.untold} more before it)" if account.untold else ""
         account.untold = 0
-        log.info("%s %s%s", event, json.dumps(data, default=str), more)
+        loud = event in _LOUD or data.get("state") in _LOUD_STATES
+        log.log(logging.WARNING if loud else logging.INFO, "%s %s%s", event, json.dumps(data, default=str), more)

@@ -307,7 +307,12 @@ class Vm:
 
         :raise HvaError: the pager went or was silent.
         """
-        await call(self.pager, "resume")
+        try:
+            await call(self.pager, "resume")
+        except PeerLost as error:
+            if not self._hold.active:
+                raise
+            raise PeerLost(f"VM {self.name} is HELD: {self._hold.reason}", "one is tried again and again") from error
         await self._what_is_held()
         await self._settled()
         return sum(len(held.pages) for held in self._hold.pages)

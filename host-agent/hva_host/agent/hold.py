@@ -57,8 +57,7 @@ class Hold:
     def begin(self, pages: Sequence[HeldPages], qmp: QmpLink | None) -> None:
         """These pages are held now; the guest is made to stop, unless it is stopped already. Returns at once."""
         self.pages = tuple(pages)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._stop(qmp), name="stop for hold")
+        self._see_stopped(qmp)
 
     def without_pager(self, why: str) -> None:
         """Nobody answers faults, and nobody could be found who will: ``why``; "": somebody was."""
@@ -78,11 +77,13 @@ class Hold:
             await self.connected(qmp)
 
     async def connected(self, qmp: QmpLink | None) -> None:
-        """QMP answers (again): undo a pause of ours that is not needed any more.
+        """QMP answers (again): see that a held guest stands still, or undo a pause of ours that is not needed any more.
 
         :raise HvaError: QEMU went, or did not answer.
         """
-        if self._paused and not self.active and qmp is not None:
+        if self.pages:
+            self._see_stopped(qmp)
+        elif self._paused and qmp is not None:
             await qmp.cont(_QMP_SECONDS)
             self._paused = False
             self._record(False)
@@ -94,6 +95,10 @@ class Hold:
             task.cancel()
             await asyncio.wait({task})
 
+    def _see_stopped(self, qmp: QmpLink | None) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._stop(qmp), name="stop for hold")
+
     async def _stop(self, qmp: QmpLink | None) -> None:
         with suppress(HvaError):
             while qmp is not None and self.pages:
@@ -102,7 +107,7 @@ class Hold:
                 except DeadlineExceeded:
                     # The main loop is what waits; it runs no vCPU that needs it. It may come free by a refault.
                     continue
-                if running and not self._paused:
+                if running:
                     self._record(True)
                     self._paused = True
                     await qmp.pause(_QMP_SECONDS)

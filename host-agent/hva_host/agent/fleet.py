@@ -44,6 +44,8 @@ class Fleet:
         self._starting: dict[str, asyncio.Task[Vm]] = {}
         #: VMs of a host agent before us whose remains :meth:`start` has cleared away, and how they ended.
         self._cleared: dict[str, str] = {}
+        #: VMs that run and that this version can not take over, and why.
+        self._foreign: dict[str, HostError] = {}
 
     async def start(self) -> None:
         """Adopt the VMs nobody owns; what is left of dead ones is deleted."""
@@ -54,6 +56,8 @@ class Fleet:
             try:
                 await self._adopt(name)
             except HvaError as error:
+                if isinstance(error, HostError):
+                    self._foreign[name] = error
                 self._on_event("VM_NOT_ADOPTED", {"name": name, "error": str(error)})
 
     async def _adopt(self, name: str) -> None:
@@ -143,6 +147,8 @@ class Fleet:
 
         :raise ConfigError: there is none.
         """
+        if name in self._foreign and name not in self._vms:
+            raise self._foreign[name]
         if name not in self._vms:
             known = ", ".join(self._vms) or "none is running"
             raise ConfigError(f"VM {name}: no such VM", f"known: {known}")

@@ -24,7 +24,6 @@ from pathlib import Path
 from hvaqemu.qemu.logs import printable
 
 _SIGNAL = signal.SIGURG
-_F_SETSIG = 10
 #: The file system has no leases (EINVAL), or the file is another user's and we lack CAP_LEASE.
 _NOT_TO_BE_HAD = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -62,7 +61,7 @@ class Lease:
             self._held = False
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         try:
-            fcntl.fcntl(self._fd, _F_SETSIG, _SIGNAL)
+            fcntl.fcntl(self._fd, fcntl.F_SETSIG, _SIGNAL)
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         except OSError as error:
             if error.errno == errno.EAGAIN:

@@ -1,0 +1,158 @@
+"""A held guest is stopped without waiting, let go on only by who stopped it, and says what holds it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from hva_host.agent.hold import Hold, describe
+from hva_host.agent.model import HeldPages
+from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
+from hvaqemu.qemu.qmp import QmpLink, RunStatus
+
+_HELD = HeldPages(layer="/base.raw", pages=[7, 8, 9, 10, 11, 12], reason="block 5 has changed")
+
+
+class Monitor:
+    """QMP, as far as a hold uses it."""
+
+    def __init__(self, *, running: bool = True) -> None:
+        self.running = running
+        self.said: list[str] = []
+        #: Questions that the main loop is too busy to answer.
+        self.silent = 0
+        #: A vCPU inside a fault keeps ``stop`` from being answered.
+        self.stops = asyncio.Event()
+        self.stops.set()
+        self.connected = True
+
+    async def status(self, timeout: float) -> RunStatus:
+        await asyncio.sleep(0)
+        if not self.connected:
+            raise PeerLost("QMP: not connected")
+        if self.silent:
+            self.silent -= 1
+            raise DeadlineExceeded("QMP query-status")
+        return RunStatus(running=self.running, status="running" if self.running else "paused")
+
+    async def pause(self, timeout: float) -> None:
+        self.said.append("stop")
+        await self.stops.wait()
+        self.running = False
+
+    async def cont(self, timeout: float) -> None:
+        if not self.connected:
+            raise PeerLost("QMP: not connected")
+        self.said.append("cont")
+        self.running = True
+
+
+class Held:
+    def __init__(self, monitor: Monitor, *, paused: bool = False) -> None:
+        self.monitor = monitor
+        self.recorded: list[bool] = []
+        self.hold = Hold(paused, self._record)
+
+    def _record(self, ours: bool) -> None:
+        self.recorded.append(ours)
+        self.monitor.said.append(f"recorded {ours}")
+
+    @property
+    def qmp(self) -> QmpLink:
+        return cast(Any, self.monitor)
+
+    async def begin(self) -> None:
+        self.hold.begin([_HELD], self.qmp)
+        await settle()
+
+    async def end(self) -> None:
+        self.hold.end()
+        assert not self.hold.active
+        await self.hold.let_go(self.qmp)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_stopped_and_let_go() -> None:
+    held = Held(Monitor())
+    await held.begin()
+    await held.begin()
+    await held.end()
+    # Recorded before: a host agent that dies in between leaves no pause that nobody owns.
+    assert held.monitor.said == ["recorded True", "stop", "cont", "recorded False"]
+
+
+async def test_a_pause_of_somebody_elses_stays() -> None:
+    held = Held(Monitor(running=False))
+    await held.begin()
+    await held.end()
+    assert held.monitor.said == []
+
+
+async def test_a_stop_that_is_not_answered_is_not_waited_for() -> None:
+    held = Held(Monitor())
+    held.monitor.stops.clear()
+    async with asyncio.timeout(5):
+        await held.begin()
+        await held.end()
+    assert held.monitor.said == ["recorded True", "stop", "cont", "recorded False"]
+
+
+async def test_a_main_loop_that_waits_is_asked_until_it_answers() -> None:
+    held = Held(Monitor())
+    held.monitor.silent = 3
+    await held.begin()
+    assert held.monitor.said == ["recorded True", "stop"]
+    await held.hold.cancel()
+
+
+async def test_without_qmp_it_is_done_once_there_is() -> None:
+    held = Held(Monitor())
+    held.monitor.connected = False
+    await held.begin()
+    assert held.monitor.said == []
+    held.monitor.connected = True
+    await held.hold.connected(held.qmp)
+    await settle()
+    assert held.monitor.said == ["recorded True", "stop"]
+    held.monitor.connected = False
+    await held.end()
+    assert held.recorded == [True]
+    held.monitor.connected = True
+    await held.hold.connected(held.qmp)
+    assert held.monitor.said[2:] == ["cont", "recorded False"]
+
+
+async def test_the_pause_of_a_host_agent_before_us_is_ours() -> None:
+    held = Held(Monitor(running=False), paused=True)
+    await held.begin()
+    await held.hold.connected(held.qmp)
+    await settle()
+    assert held.monitor.said == []
+    await held.end()
+    assert held.monitor.said == ["cont", "recorded False"]
+
+
+def test_it_says_what_and_what_to_do() -> None:
+    hold = Hold(False, lambda _ours: None)
+    hold.refuse("one")
+    hold.pages = (_HELD, _HELD.model_copy(update={"pages": [3], "reason": "layer /base.raw: ends inside block 9"}))
+    with pytest.raises(RefusedError) as refused:
+        hold.refuse("one")
+    assert str(refused.value) == (
+        "VM one is HELD: /base.raw: block 5 has changed (pages 7, 8, 9, 10 and 2 more); "
+        "layer /base.raw: ends inside block 9 (page 3) "
+        "(put that right, then 'hvaqemu resume one', or end it by 'hvaqemu down one')"
+    )
+    hold.end()
+    hold.without_pager("no memory")
+    with pytest.raises(RefusedError, match="VM one is HELD: no pager can be started: no memory"):
+        hold.refuse("one")
+    hold.without_pager("")
+    hold.refuse("one")
+    assert describe(_HELD.model_copy(update={"pages": [1, 2]})).endswith("(pages 1, 2)")

@@ -59,6 +59,7 @@ async def start_vm(
         process, qmp = await launch(
             config, files, runtime=folder.path, shim=shim, on_event=events.deliver, die_with_parent=die_with_parent
         )
+        undo.push_async_callback(_end, process, qmp)
         reach("agent.up.launched")
         record = VmRecord(
             config=config,
@@ -119,6 +120,13 @@ async def adopt_vm(folder: VmFolder, record: VmRecord, pagers: PagerParent, list
         raise PeerLost(f"VM {vm.name}: its host agent died before it ran")
     vm.supervise()
     return vm
+
+
+async def _end(process: QemuProcess, qmp: QmpLink) -> None:
+    """End a QEMU that no VM has yet; nothing, if its VM has done it."""
+    await process.stop(None, _KILL)
+    await qmp.close()
+    process.close()
 
 
 async def end_orphan(folder: VmFolder) -> None:

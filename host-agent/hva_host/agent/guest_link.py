@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -256,9 +255,7 @@ class GuestLink:
     async def _converse(self, channel: GuestChannel) -> None:
         """Until the connection is gone."""
         while not channel.closed.done():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_TICK):
-                    await asyncio.shield(channel.closed)
+            await asyncio.wait({channel.closed}, timeout=_TICK)
             channel.look_for_stale()
             self._session.tick(time.monotonic())
 

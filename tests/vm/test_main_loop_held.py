@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,8 +137,8 @@ async def stuck(host: Host, golden: Golden) -> AsyncIterator[Stuck]:
             await host.command("down", _NAME)
 
 
-async def is_held(stuck: Stuck) -> VmStatus:
-    """Every command says so, at once, with its exit code."""
+async def is_held(stuck: Stuck, pages: set[int]) -> VmStatus:
+    """Every command says so, for one of these pages, at once, with its exit code."""
     host, root = stuck.host, str(stuck.golden.root)
     listed = await typed(host, "ls")
     assert listed.returncode == 1
@@ -150,8 +151,9 @@ async def is_held(stuck: Stuck) -> VmStatus:
     status = VmStatus.model_validate(json.loads(shown.stdout))
     assert status.state == "held"
     assert [held.layer for held in status.held] == [root] * len(status.held)
-    assert stuck.page in [page for held in status.held for page in held.pages]
+    assert pages & {page for held in status.held for page in held.pages}
     assert (await typed(host, "status", _NAME)).returncode == 1
+    assert re.search(rf"WARNING .*VM_HELD .*{re.escape(root)}", (host.runtime / "agent.log").read_text())
     for words in (["reclaim"], ["restore"], ["exec", "--timeout", "200s", "--", "true"]):
         refused = await typed(host, words[0], _NAME, *words[1:])
         assert refused.returncode == 1
@@ -165,12 +167,12 @@ async def is_held(stuck: Stuck) -> VmStatus:
 @pytest.mark.timeout(600)
 async def test_commands_adoption_and_resume(stuck: Stuck) -> None:
     await stuck.stop_main_loop()
-    status = await is_held(stuck)
+    status = await is_held(stuck, {stuck.page})
     # Adopted again, with another pager, in that state.
     stuck.kill_agent()
     (pager,) = stuck.host.pagers()
     assert stuck.host.send(pager, signal.SIGKILL)
-    assert (await is_held(stuck)).pager_pid != status.pager_pid
+    assert (await is_held(stuck, {stuck.page})).pager_pid != status.pager_pid
     still = await typed(stuck.host, "resume", _NAME)
     assert still.returncode == 1
     assert "still held" in still.stderr
@@ -195,6 +197,38 @@ async def wait_connected(stuck: Stuck) -> None:
     deadline = time.monotonic() + 60
     while '"guest_connected": true' not in (await typed(stuck.host, "ls", "--json")).stdout:
         assert time.monotonic() < deadline
+
+
+async def test_a_vcpu_waits_and_the_host_agent_is_killed(stuck: Stuck) -> None:
+    """The guest was stopped for the hold by a host agent that is no more; the next one lets it go on."""
+    dependants = Dependants(stuck.qemu, _MEMORY)
+    blocks = dependants.some_blocks(8)
+    await wait_connected(stuck)
+    reading = asyncio.create_task(
+        asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "hva_host.cli.main", "exec", _NAME, "--timeout", "200s", "--", "sh", "-c", TREE],
+            capture_output=True,
+            env={**os.environ, **stuck.host.environment},
+            timeout=_SECONDS,
+        )
+    )
+    record = stuck.host.runtime / "vms" / _NAME / "vm.json"
+    await stuck.golden.alter(blocks)
+    try:
+        await until(lambda: json.loads(record.read_text())["paused_for_hold"], 60, "a guest that is stopped")
+        stuck.kill_agent()
+        assert (await reading).returncode == 1
+        await is_held(stuck, dependants.on(blocks))
+        await is_held(stuck, dependants.on(blocks))
+    finally:
+        await stuck.golden.repair(blocks)
+        await stuck.repaired()
+    assert (await typed(stuck.host, "resume", _NAME)).returncode == 0
+    await until(lambda: not json.loads(record.read_text())["paused_for_hold"], 20, "a guest that goes on")
+    await wait_connected(stuck)
+    digest = await stuck.host.command("exec", _NAME, "--timeout", "200s", "--", "sh", "-c", TREE)
+    assert digest == stuck.digest
 
 
 @pytest.mark.parametrize("how", ["held", "held, adopted before", "stopped by a signal"])

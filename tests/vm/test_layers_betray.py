@@ -32,6 +32,8 @@ _MEMORY = 512 * MiB
 #: Seconds for what must not wait for a guest or a QEMU that stands still.
 _AT_ONCE = 3.0
 _PART = "find /usr/sbin -xdev -type f -print0 | sort -z | xargs -0 md5sum | md5sum"
+#: Pagers that were killed here, in order.
+_killed: list[int] = []
 _WRITER = "import os, sys; os.open(sys.argv[1], os.O_RDWR); print('open', flush=True); sys.stdin.read()"
 
 
@@ -49,6 +51,8 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Golden]:
 async def guest(golden: Golden) -> AsyncIterator[Guest]:
     async with running_guest("betrayed", memory=_MEMORY) as found:
         yield found
+        # No pager died of what happened to files: SIGBUS would be a death that nobody here wanted.
+        assert [data["pid"] for name, data in found.events if name == "PAGER_LOST"] == _killed
 
 
 async def discard(guest: Guest) -> tuple[str, Dependants]:
@@ -63,6 +67,7 @@ async def discard(guest: Guest) -> tuple[str, Dependants]:
 async def kill_pager(guest: Guest) -> None:
     """Have another pager attach in the state things are in."""
     pid, started = guest.vm.pager.pid, guest.heard("PAGER_STARTED")
+    _killed.append(pid)
     os.kill(pid, signal.SIGKILL)
     await until(lambda: guest.heard("PAGER_STARTED") > started, STEP_SECONDS, "another pager")
     assert guest.vm.pager.pid != pid

@@ -61,6 +61,9 @@ async def start_vm(
         )
         undo.push_async_callback(_end, process, qmp)
         reach("agent.up.launched")
+        await hazards.listen(qmp)
+        if reason := await hazards.of_qemu(qmp, deep=True):
+            raise RefusedError(f"VM {config.name}: {reason}", "take it out of qemu_args")
         record = VmRecord(
             config=config,
             qemu_pid=process.pid,
@@ -74,9 +77,6 @@ async def start_vm(
         folder.store(record)
         reach("agent.up.recorded")
         events.vm = vm
-        await hazards.listen(qmp)
-        if reason := await hazards.of_qemu(qmp, deep=True):
-            raise RefusedError(f"VM {config.name}: {reason}", "take it out of qemu_args")
         progress("attaching the pager")
         await vm.pager.start(process.pid, layers)
         reach("agent.up.attached")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -197,3 +198,21 @@ async def test_a_ledger_that_names_a_file_nobody_gave(machine: Machine, tmp_path
     assert "QEMU does not have it open any more" in held["reason"]
     assert not any("secret" in link for link in descriptors(machine.pager.pid).values())
     reading.cancel()
+
+
+async def test_a_held_page_that_must_be_read_from_the_disk_stays_held_until_it_is_right(machine: Machine) -> None:
+    right = golden(machine).read_bytes()
+    alter(golden(machine))
+    reading = await all_but_altered(machine)
+    # On the disk and out of the page cache: the pager's own thread must not wait for it.
+    with golden(machine).open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert (await call(machine.pager, "resume"))["held"] == 1
+    golden(machine).write_bytes(right)
+    with golden(machine).open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert (await call(machine.pager, "resume"))["held"] in (0, 1)
+    assert await reading in machine.expected[ALTERED]
+    assert (await call(machine.pager, "status"))["held"] == []

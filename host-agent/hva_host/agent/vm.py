@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ from hvaqemu.scenario_config import ReclaimState
 
 _STATS_SECONDS = 2.0
 _RESTORE_SECONDS_PER_GIB = 60.0
+#: How long a resume waits for the disk, and how often it asks.
+_FETCH_SECONDS = 5.0
+_FETCH_POLL_SECONDS = 0.02
 _QMP_RETRY_SECONDS = 0.5
 #: How the kernel begins its last message (kernel/panic.c), and how far back on the console to look for it, in bytes.
 _PANIC = "Kernel panic - "
@@ -308,7 +312,7 @@ class Vm:
         :raise HvaError: the pager went or was silent.
         """
         try:
-            await call(self.pager, "resume")
+            await self._try_held()
         except PeerLost as error:
             if not self._hold.active:
                 raise
@@ -316,6 +320,14 @@ class Vm:
         await self._what_is_held()
         await self._settled()
         return sum(len(held.pages) for held in self._hold.pages)
+
+    async def _try_held(self) -> None:
+        """Have the pager try held pages again, and give those that it must read from the disk first their time."""
+        answer = await call(self.pager, "resume")
+        until = time.monotonic() + _FETCH_SECONDS
+        while answer["held"] and answer["fetching"] and time.monotonic() < until:
+            await asyncio.sleep(_FETCH_POLL_SECONDS)
+            answer = await call(self.pager, "status")
 
     async def execute(
         self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20

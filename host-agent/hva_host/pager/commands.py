@@ -162,7 +162,7 @@ class Commands:
                 if left and not os.path.sameopenfile(file.fileno(), layer.fd):
                     layer.switch(file)
                     left = self._refaults.resume()
-        return {"held": left}
+        return {"held": left, "fetching": self._fetcher.under_way}
 
     def _status(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
         totals = self._ram.ledger.totals()
@@ -183,6 +183,7 @@ class Commands:
             "stalls": self._refaults.stalls.as_dict(),
             "phase": epoch.phase if epoch else Phase.DONE,
             "held": self._held(),
+            "fetching": self._fetcher.under_way,
         }
 
     def _held(self) -> list[dict[str, Any]]:

@@ -129,6 +129,7 @@ class Refaults:
         if count == 0:
             # Somebody was faster with the first page, the one that is waited for; it may wait for another reason now.
             self._waiting.pop(run.start, None)
+            self.held.pop(run.start, None)
             self._ram.wake(Run(run.start, 1))
         elif result.error and run.pages > 1:
             # A neighbour's block may be the one that can not be read.
@@ -141,12 +142,11 @@ class Refaults:
             self._serve_checked(result.entry, whole)
 
     def resume(self) -> int:
-        """Try the held faults again; answers how many are still held.
+        """Try the held faults again; answers how many are still held, among them those being fetched from the disk.
 
         :raise PeerLost: QEMU is gone.
         """
         for pfn in list(self.held):
-            del self.held[pfn]
             self.fill(pfn, 1)
         return len(self.held)
 

@@ -1,7 +1,8 @@
 """A process with two guests, for measuring what one that lies costs: ``python -m tests.liars.host LIAR HONEST``.
 
-Both links are asked as epochs ask, the events they cause go where a host agent's go (log and control socket). Twice a
-second it prints, as a line of JSON, its CPU seconds, memory, and how the honest guest fared since the line before.
+Both links are asked as epochs ask, the events they cause go where a host agent's go (log and control socket). Four
+times a second it prints, as a line of JSON, its CPU seconds, memory, and how the honest guest fared since the line
+before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hvaqemu.pages import PageState
 from tests.liars.guest import PAGES
 
 _PING_SECONDS = 0.01
-_REPORT_SECONDS = 0.5
+_REPORT_SECONDS = 0.25
 _RSS = 1
 
 
@@ -59,12 +60,12 @@ class Host:
                 await asyncio.sleep(0.05)
 
     async def ask_honest(self, link: GuestLink) -> None:
-        """Signs of life, and a scan a second."""
+        """Signs of life, and two scans a second."""
         await link.wait_connected(10)
         scanned = time.monotonic()
         while True:
             self.waits.append(await link.ping(30))
-            if time.monotonic() - scanned > 1.0:
+            if time.monotonic() - scanned > 0.5:
                 scanned = time.monotonic()
                 report = await link.scan(30)
                 assert report.totals[PageState.UNUSED] == PAGES

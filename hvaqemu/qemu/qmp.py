@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, Runstate
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, Runstate, StateError
 from qemu.qmp.error import QMPError
 from qemu.qmp.message import Message
 
@@ -191,7 +191,8 @@ class QmpLink:
             return await race(client.execute(command, arguments), timeout, what, self._process.exited, lost)
         except ExecuteError as error:
             raise QmpError(command, error.error_class, str(error)) from error
-        except ExecInterruptedError as error:
+        except (ExecInterruptedError, StateError) as error:
+            # The library may know of it a moment before we do.
             raise PeerLost(f"{what}: the connection was lost") from error
         except QMPError as error:
             raise ProtocolError(f"{what}: {error}") from error

@@ -250,39 +250,3 @@ async def test_panic() -> None:
         assert asked.cancelled()
         assert await guest.fleet.down("panics") == "QEMU quit on request"
         await nothing_left("panics")
-
-
-@pytest.mark.parametrize("when", ["idle", "epochs", "exec"])
-async def test_qemu_killed(when: str) -> None:
-    async with running_guest("killed", memory=_SMALL) as guest:
-        pager, vm = guest.vm.pager.pid, guest.vm
-        asked: asyncio.Task[Any] | None = None
-        if when == "epochs":
-            vm.start_reclaiming(BOTH, 0.0)
-            await until(lambda: guest.heard("EPOCH") > 1, STEP_SECONDS, "epochs")
-        elif when == "exec":
-            asked = asyncio.create_task(vm.execute(["sleep", "600"], timeout=600))
-            await guest.run("until pidof sleep; do usleep 20000; done")
-        # QEMU's own standard error, where it would say what ails it.
-        Path(f"/proc/{guest.qemu_pid}/fd/2").write_text("last \033[31mwords\n")
-        vm.process.send_signal(signal.SIGKILL)
-        async with asyncio.timeout(_SOON):
-            reason = await vm.failure
-            assert reason == r"QEMU was killed by SIGKILL: last \x1b[31mwords"
-            if asked is not None:
-                with pytest.raises(PeerLost):
-                    await asked
-            if when == "epochs":
-                with pytest.raises(PeerLost):
-                    await vm.stop_reclaiming()
-            with pytest.raises(PeerLost):
-                await vm.reclaim(BOTH)
-            with pytest.raises(PeerLost):
-                await vm.execute(["true"], timeout=600)
-            assert await vm.wait_gone() == reason
-        await until(lambda: not alive(pager), _SOON, "the pager's own end")
-        assert guest.heard("PAGER_STARTED") == 0
-        status = await vm.status()
-        assert (status.state, status.reason) == (VmState.GONE, reason)
-        assert await guest.fleet.down("killed") == "it was gone"
-        await nothing_left("killed")

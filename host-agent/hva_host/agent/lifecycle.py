@@ -14,7 +14,7 @@ from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Listener, Vm
 from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost, RefusedError
+from hvaqemu.errors import DeadlineExceeded, HvaError, LaunchError, PeerLost, RefusedError
 from hvaqemu.faultpoints import reach
 from hvaqemu.qemu.command import LaunchSockets, build_command
 from hvaqemu.qemu.disk import create_overlay
@@ -27,6 +27,8 @@ from hvaqemu.qemu.race import race
 _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
 #: Seconds for a QEMU that dies with its host agent.
 _DYING_SECONDS = 2.0
+#: Seconds in which the kernel tells us of a QEMU's death that others have met with.
+_DEATH_SEEN_SECONDS = 0.2
 #: QEMU's word (RunState, qapi/run-state.json) for a machine that was started with -S and has not run yet.
 _NEVER_RAN = "prelaunch"
 
@@ -61,24 +63,30 @@ async def start_vm(
         )
         undo.push_async_callback(_end, process, qmp)
         reach("agent.up.launched")
-        await hazards.listen(qmp)
-        if reason := await hazards.of_qemu(qmp, deep=True):
-            raise RefusedError(f"VM {config.name}: {reason}", "take it out of qemu_args")
-        record = VmRecord(
-            config=config,
-            qemu_pid=process.pid,
-            qemu_start_time=process.start_time,
-            layers=layers,
-            contents=contents,
-        )
-        vm = Vm(folder, record, process, pagers, listener)
-        vm.qmp = qmp
-        undo.push_async_callback(vm.stop, _KILL)
-        folder.store(record)
-        reach("agent.up.recorded")
-        events.vm = vm
-        progress("attaching the pager")
-        await vm.pager.start(process.pid, layers)
+        try:
+            await hazards.listen(qmp)
+            if reason := await hazards.of_qemu(qmp, deep=True):
+                raise RefusedError(f"VM {config.name}: {reason}", "take it out of qemu_args")
+            record = VmRecord(
+                config=config,
+                qemu_pid=process.pid,
+                qemu_start_time=process.start_time,
+                layers=layers,
+                contents=contents,
+            )
+            vm = Vm(folder, record, process, pagers, listener)
+            vm.qmp = qmp
+            undo.push_async_callback(vm.stop, _KILL)
+            folder.store(record)
+            reach("agent.up.recorded")
+            events.vm = vm
+            progress("attaching the pager")
+            await vm.pager.start(process.pid, layers)
+        except (PeerLost, LaunchError) as error:
+            # Whoever met with it first: if QEMU died, that is what there is to say.
+            with suppress(DeadlineExceeded):
+                raise PeerLost(f"VM {config.name}: {await process.wait(_DEATH_SEEN_SECONDS)}") from error
+            raise
         reach("agent.up.attached")
         vm.supervise()
         progress("booting the guest")

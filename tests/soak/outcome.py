@@ -17,6 +17,7 @@ from tests.vm.board import Gap
 _LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 #: The last touch before a death may have been this long before it, in seconds.
 _BEFORE = 0.02
+_WORST = 8
 
 
 class Pauses(BaseModel):
@@ -29,6 +30,11 @@ class Pauses(BaseModel):
     longest_s: float
 
 
+def _deed_of(deeds: Sequence[tuple[float, str]], gap: Gap) -> int:
+    """The place of the last deed before a gap began; -1 where there is none."""
+    return bisect_right(deeds, gap.began + _BEFORE, key=lambda deed: deed[0]) - 1
+
+
 def by_deed(deeds: Sequence[tuple[float, str]], gaps: Sequence[Gap]) -> dict[str, Pauses]:
     """What the guest saw of each kind of deed.
 
@@ -36,10 +42,8 @@ def by_deed(deeds: Sequence[tuple[float, str]], gaps: Sequence[Gap]) -> dict[str
         which no gap was long enough to be told of counts as 0.
     """
     longest = [0.0] * len(deeds)
-    times = [moment for moment, _ in deeds]
     for gap in gaps:
-        place = bisect_right(times, gap.began + _BEFORE) - 1
-        if place >= 0:
+        if (place := _deed_of(deeds, gap)) >= 0:
             longest[place] = max(longest[place], gap.seconds)
     found: dict[str, list[float]] = {}
     for (_, kind), seconds in zip(deeds, longest, strict=True):
@@ -53,6 +57,18 @@ def by_deed(deeds: Sequence[tuple[float, str]], gaps: Sequence[Gap]) -> dict[str
 def by_length(gaps: Sequence[Gap]) -> dict[str, int]:
     """How many gaps were at least so long."""
     return {f"{length:g}": sum(gap.seconds >= length for gap in gaps) for length in _LENGTHS}
+
+
+def worst(deeds: Sequence[tuple[float, str]], gaps: Sequence[Gap], began: float) -> list[str]:
+    """The longest gaps, with when they were (seconds after ``began``) and what was done before and in them."""
+    said = []
+    for gap in sorted(gaps, key=lambda gap: -gap.seconds)[:_WORST]:
+        first = max(0, _deed_of(deeds, gap))
+        told = [
+            f"{kind} at {moment - began:.2f} s" for moment, kind in deeds[first:] if moment < gap.began + gap.seconds
+        ]
+        said.append(f"{gap.seconds:.2f} s from {gap.began - began:.2f} s on: {', '.join(told)}")
+    return said
 
 
 class Outcome(BaseModel):
@@ -78,6 +94,7 @@ class Outcome(BaseModel):
     guest_pause_s: float
     #: Gaps the guest saw that were at least so long, in seconds.
     guest_gaps: dict[str, int]
+    guest_worst: list[str]
     #: Rounds of the guest's workers, each of which verifies what it uses.
     verified: dict[str, int]
     #: The user's commands.
@@ -112,6 +129,8 @@ def show(outcome: Outcome) -> None:
     ):
         totals.add_row(name, text)
     console.print(totals)
+    for text in outcome.guest_worst:
+        console.print(f"longest pauses: {text}", markup=False, highlight=False)
     for error, count in sorted(outcome.errors.items(), key=lambda entry: -entry[1]):
         console.print(f"{count:6,} commands failed: {error}", markup=False, highlight=False)
     for problem in outcome.problems:

@@ -16,7 +16,7 @@ from hvaqemu.errors import HvaError
 from hvaqemu.units import MiB
 from tests.soak.deeds import Target, deeds
 from tests.soak.killer import Killer
-from tests.soak.outcome import Outcome, by_deed, by_length
+from tests.soak.outcome import Outcome, by_deed, by_length, worst
 from tests.soak.user import User
 from tests.vm.board import Board, GapLog, bundle, start_command
 from tests.vm.harness import COMPLAINTS, TREE
@@ -219,6 +219,7 @@ class Soak:
             pager_pause_s=status.pager_pause_s if status else 0.0,
             guest_pause_s=self._longest(),
             guest_gaps=by_length(gaps),
+            guest_worst=worst(self.killer.done, gaps, self._began),
             verified=answer.get("rounds", {}),
             commands=dict(self.user.done),
             errors=dict(self.user.errors),

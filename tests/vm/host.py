@@ -42,13 +42,23 @@ class Host:
 
     # Commands
 
+    @staticmethod
+    def argv(*words: str | Path) -> list[str | Path]:
+        """A command line of hvaqemu."""
+        return [sys.executable, "-m", "hva_host.cli.main", *words]
+
+    @property
+    def full_environment(self) -> dict[str, str]:
+        """What commands must find in their environment."""
+        return {**os.environ, **self.environment}
+
     async def command(self, *words: str | Path) -> str:
         """What a command that must succeed prints, typed as a user types it."""
         done = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "hva_host.cli.main", *words],
+            self.argv(*words),
             capture_output=True,
-            env={**os.environ, **self.environment},
+            env=self.full_environment,
             timeout=_SECONDS,
         )
         assert done.returncode == 0, f"{words}: {done.stderr.decode()}"

@@ -1,4 +1,4 @@
-"""Touches pages of the image's files all the time, checks each, and measures how long it was ever kept from doing so.
+"""Touches pages that the host discards all the time, checks each, and measures how long it was ever kept from doing so.
 
 ``probe.py SERIAL`` goes on alone in the background and answers on a disk (``board.py``). Its answer's ``pauses`` are
 the newest gaps between two touches (each a number that counts up, when it began, and its length), the longest of all,
@@ -68,8 +68,8 @@ class Pauses:
         }
 
 
-def pages():
-    """``(mapping, offset, CRC-32)`` of pages of the largest of the image's files."""
+def image_pages():
+    """``(mapping, offset, CRC-32)`` of pages of the largest of the image's files: they are discarded as copies."""
     found, size = [], 0
     for path in sorted(image_files(), key=os.path.getsize, reverse=True):
         if size < SIZE:
@@ -81,14 +81,24 @@ def pages():
     return found
 
 
-def touch_for_ever(pauses, going):
-    """Pages touched, once ``going()`` says no.
+def zero_pages():
+    """The same of memory that is all zeros: discarded too, and nothing the guest's kernel ever takes away or reads from
+    a disk, so that only the host can keep who touches it waiting."""
+    mapping = mmap.mmap(-1, SIZE)
+    for offset in range(0, SIZE, PAGE):
+        mapping[offset] = 0
+    check = zlib.crc32(bytes(PAGE))
+    return [(mapping, offset, check) for offset in range(0, SIZE, PAGE)]
 
+
+def touch_for_ever(pauses, known, going):
+    """How many pages are touched, once ``going()`` says no.
+
+    :param known: pages and what is in them, from one of the above.
     :raise SystemExit: a page's bytes were wrong.
     """
     # Ahead of everything else, so that it is only ever kept waiting by what the host does.
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
-    known = pages()
     last = time.monotonic()
     while going():
         while pauses.resting:
@@ -97,7 +107,7 @@ def touch_for_ever(pauses, going):
         for _ in range(TOUCHES):
             mapping, offset, check = random.choice(known)
             if zlib.crc32(mapping[offset : offset + PAGE]) != check:
-                raise SystemExit("mismatch: a page of the image at %d" % offset)
+                raise SystemExit("mismatch: a page of the probe at %d" % offset)
         time.sleep(REST)
         now = time.monotonic()
         pauses.gap(last, now - last - REST)
@@ -111,7 +121,7 @@ def main(serial):
     pid = os.fork()
     if pid == 0:
         try:
-            touch_for_ever(pauses, lambda: True)
+            touch_for_ever(pauses, image_pages(), lambda: True)
         finally:
             os._exit(1)
     problems, beat = [], 0

@@ -13,7 +13,7 @@ from mmap import mmap
 
 from board import PAGE, Board, go_on_alone, signal_agent
 from churn import WORKS, child, make_folders, remember
-from probe import Pauses, touch_for_ever
+from probe import Pauses, touch_for_ever, zero_pages
 
 PROBLEMS_MAX = 8
 PROBLEM_CHARACTERS = 200
@@ -84,7 +84,7 @@ def main(serial, seed):
     workers = Workers()
     for name, work in WORKS.items():
         workers.start("%s.%s" % (name, seed), work)
-    workers.start("probe", lambda _name, going: touch_for_ever(pauses, going))
+    workers.start("probe", lambda _name, going: touch_for_ever(pauses, zero_pages(), going))
     beat, state, signals = 0, "churning", {}
     while state != "done":
         for order, argument in board.orders():

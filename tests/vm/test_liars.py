@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -216,41 +216,51 @@ async def attached(client: ControlClient) -> None:
             await asyncio.sleep(0.05)
 
 
+@asynccontextmanager
+async def connected(runtime: Path) -> AsyncIterator[ControlClient]:
+    """A client of the host agent, which is started where none runs."""
+    client = await connect_or_start(runtime, 60)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 async def test_a_host_agent_serves_on_whatever_speaks_in_a_guest_agent_s_place() -> None:
     with short_folder() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HVAQEMU_RUNTIME_DIR", str(folder / "r"))
         patch.setenv("HVAQEMU_STATE_DIR", str(folder / "s"))
         runtime = runtime_dir()
-        client = await connect_or_start(runtime, 60)
         try:
-            config = VmConfig(name="swapped", memory=PAGES << 12, cpus=1, boot_timeout=BOOT_SECONDS)
-            await client.up(config, print)
+            async with connected(runtime) as client:
+                config = VmConfig(name="swapped", memory=PAGES << 12, cpus=1, boot_timeout=BOOT_SECONDS)
+                await client.up(config, print)
+                await client.quit()
             # QEMU's socket keeps its listener under another name; the host agent knows one only.
-            await client.quit()
-            await client.close()
             socket = runtime / "vms" / "swapped" / AGENT_SOCKET
             kept = socket.with_name("kept.sock")
             socket.rename(kept)
-            client = await _one_liar_after_the_other(runtime, socket)
-            socket.unlink()
-            kept.rename(socket)
-            await attached(client)
-            result = await client.reclaim("swapped", BOTH, None, print)
-            assert result.discarded > 5000
+            with liar_at(socket, "honest"):
+                # A new one, which finds that in QEMU's place.
+                async with connected(runtime) as client:
+                    await attached(client)
+            async with connected(runtime) as client:
+                await one_liar_after_the_other(client, runtime, socket)
+                socket.unlink()
+                kept.rename(socket)
+                await attached(client)
+                result = await client.reclaim("swapped", BOTH, None, print)
+            assert result.discarded > 3000
             assert (runtime / LOG_FILE).stat().st_size < 64 * 1024
         finally:
-            client = await connect_or_start(runtime, 60)
-            with suppress(HvaError):
-                await client.down("swapped")
-            await client.quit()
-            await client.close()
+            async with connected(runtime) as client:
+                with suppress(HvaError):
+                    await client.down("swapped")
+                await client.quit()
 
 
-async def _one_liar_after_the_other(runtime: Path, socket: Path) -> ControlClient:
-    with liar_at(socket, "honest"):
-        client = await connect_or_start(runtime, 60)
-        agent = int((runtime / "agent.lock").read_text())
-        await attached(client)
+async def one_liar_after_the_other(client: ControlClient, runtime: Path, socket: Path) -> None:
+    agent = int((runtime / "agent.lock").read_text())
     begun = rss(agent)
     for way in ("restarts", "output", "magics", "tiny pieces"):
         with liar_at(socket, way):
@@ -269,4 +279,3 @@ async def _one_liar_after_the_other(runtime: Path, socket: Path) -> ControlClien
             assert grown < 24 * MiB
             # A guest that does not answer is waited for a while: 2 s.
             assert max(answers) < 5.0
-    return client

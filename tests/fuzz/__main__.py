@@ -8,9 +8,11 @@ as much.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent
@@ -56,7 +58,10 @@ def _run(target: str, seconds: int, keep: bool) -> int:
 def _child(target: str, *options: str) -> int:
     common = ("-max_len=4096", "-timeout=10", "-rss_limit_mb=1024", "-print_final_stats=1")
     prefix = f"-artifact_prefix={_GROWING}/{target}-"
-    done = subprocess.run([sys.executable, "-m", "tests.fuzz", _ONE, target, *common, prefix, *options])
+    command = [sys.executable, "-m", "tests.fuzz", _ONE, target, *common, prefix, *options]
+    # libFuzzer ends the process without undoing anything.
+    with tempfile.TemporaryDirectory(prefix="hva-fuzz") as folder:
+        done = subprocess.run(command, env={**os.environ, "TMPDIR": folder})
     return min(1, abs(done.returncode))
 
 

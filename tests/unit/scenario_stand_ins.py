@@ -36,7 +36,7 @@ def a_measure(backing: int = 100 * MiB, uptime: float = 1.0) -> Measure:
         refaults=1234,
         refault_pages=2560,
         qemu_rss_bytes=52 * MiB,
-        pager_rss_bytes=20 * MiB,
+        pager_pss_bytes=20 * MiB,
         agent_rss_bytes=60 * MiB,
         store_bytes=0,
         layer_cached_bytes=400 * MiB,

@@ -38,6 +38,16 @@ def all_memory(pid: int) -> int:
     return _status_kib(pid, "VmRSS") * 1024
 
 
+def shared_out_memory(pid: int) -> int:
+    """A process's memory, what it shares divided by how many share it (proc_pid_smaps(5), Pss), in bytes; 0 if it is
+    gone. For pagers, which share most of theirs with the parent they were forked from."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
 def uptime(start_time: int) -> float:
     """Seconds since a process started.
 

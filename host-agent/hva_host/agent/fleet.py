@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hva_host.agent import records
+from hva_host.agent.condition import Listener
 from hva_host.agent.lifecycle import adopt_vm, command_of, end_orphan, lives, start_vm
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.plan import Progress
 from hva_host.agent.records import VmFolder
-from hva_host.agent.vm import Listener, Vm
+from hva_host.agent.vm import Vm
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, HostError, HvaError, PeerLost, RefusedError
 from hvaqemu.paths import runtime_dir

@@ -7,11 +7,12 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from hva_host.agent import accounts, hazards, plan
+from hva_host.agent.condition import Listener
 from hva_host.agent.layer_watch import content_of
 from hva_host.agent.pager_keeper import connect_or_start
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.records import VmFolder, VmRecord, disks_of
-from hva_host.agent.vm import Listener, Vm
+from hva_host.agent.vm import Vm
 from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import DeadlineExceeded, HvaError, LaunchError, PeerLost, RefusedError

@@ -42,7 +42,8 @@ class Measure(Record):
     refault_pages: int
     #: QEMU's own memory, guest RAM excluded.
     qemu_rss_bytes: int
-    pager_rss_bytes: int
+    #: What it shares with other pagers and their parent divided by how many share it.
+    pager_pss_bytes: int
     #: The host agent's process, shared by all its VMs.
     agent_rss_bytes: int
     store_bytes: int

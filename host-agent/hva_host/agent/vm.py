@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hva_host.agent import accounts, hazards
+from hva_host.agent import accounts, hazards, measures
 from hva_host.agent.bounded_logs import keep_bounded
+from hva_host.agent.condition import Condition, Listener
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hazard_watch import HazardWatch
@@ -44,32 +44,23 @@ from hvaqemu.config import VmConfig
 from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu import logs
-from hvaqemu.qemu.events import GuestPanicked, QmpEvent, Reset, Resume, Shutdown, Stop
+from hvaqemu.qemu.events import QmpEvent
 from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG, QEMU_LOG
 from hvaqemu.qemu.process import QemuProcess, StopTimeouts
 from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.scenario_config import ReclaimState
 
-_STATS_SECONDS = 2.0
 _RESTORE_SECONDS_PER_GIB = 60.0
 #: How long a resume waits for the disk, and how often it asks.
 _FETCH_SECONDS = 5.0
 _FETCH_POLL_SECONDS = 0.02
 _QMP_RETRY_SECONDS = 0.5
-#: How the kernel begins its last message (kernel/panic.c), and how far back on the console to look for it, in bytes.
-_PANIC = "Kernel panic - "
-_CONSOLE_BYTES = 32768
 #: A guest that is held can not shut down, and a main loop that waits for a page can not quit.
 _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
 
-Listener = Callable[[str, dict[str, Any]], None]
-
 
 class Vm:
-    """One VM under this host agent.
-
-    :ivar failure: done once the VM can not go on; says why. Whoever waits for the VM races this.
-    """
+    """One VM under this host agent."""
 
     def __init__(
         self, folder: VmFolder, record: VmRecord, process: QemuProcess, pagers: PagerParent, listener: Listener
@@ -78,7 +69,6 @@ class Vm:
         self.record = record
         self.process = process
         self.qmp: QmpLink | None = None
-        self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._listener = listener
         pages = record.config.memory >> PAGE_SHIFT
         #: Why nothing is discarded; whoever finds a reason puts it in here.
@@ -90,14 +80,12 @@ class Vm:
         self._monitor = Monitor(
             lambda: self.qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed
         )
-        self._state = VmState.STARTING
-        self._reason = ""
         self._tasks: list[asyncio.Task[None]] = []
         #: What goes on beside and ends by itself.
         self._loose: set[asyncio.Task[None]] = set()
-        self._told = VmState.STARTING
         self._held_heard = 0
         self._hold = Hold(record.paused_for_hold, self._record_pause)
+        self._condition = Condition(self.name, self.console_log, self._hold, listener)
         contents = zip(record.layers, record.contents, strict=True)
         self.layers = LayerWatch([(image, content) for (image, _), content in contents], self._on_layers)
         self._ending = False
@@ -118,8 +106,12 @@ class Vm:
     @property
     def state(self) -> VmState:
         """QEMU's state as far as it tells, or HELD, which no QEMU knows of."""
-        over = self._state in (VmState.STOPPING, VmState.PANICKED, VmState.GONE)
-        return VmState.HELD if self._hold.active and not over else self._state
+        return self._condition.state
+
+    @property
+    def failure(self) -> asyncio.Future[str]:
+        """Done once the VM can not go on; says why. Whoever waits for the VM races this."""
+        return self._condition.failure
 
     # Life cycle
 
@@ -140,20 +132,11 @@ class Vm:
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""
         self._hazards.on_qmp_event(event)
-        if isinstance(event, GuestPanicked):
-            self._fail(VmState.PANICKED, self._why_panicked())
-        elif isinstance(event, Shutdown):
-            self._enter(VmState.STOPPING, event.reason)
-        elif isinstance(event, Stop) and self._state is VmState.RUNNING:
-            self._enter(VmState.PAUSED, "stopped by QMP")
-        elif isinstance(event, Resume) and self._state in (VmState.PAUSED, VmState.STARTING):
-            self._enter(VmState.RUNNING)
-        elif isinstance(event, Reset):
-            self._listener("VM_RESET", {"name": self.name, "guest": event.guest})
+        self._condition.on_qmp_event(event)
 
     def running(self) -> None:
         """The guest runs now."""
-        self._enter(VmState.RUNNING)
+        self._condition.running()
 
     async def stop(self, timeouts: StopTimeouts) -> str:
         """End the VM: softly, then hard, then say so; how it ended.
@@ -187,46 +170,18 @@ class Vm:
 
         :raise PeerLost: the pager does not answer and the VM is gone.
         """
-        cached = await asyncio.to_thread(self._layer_cached_bytes)
         pager = await self._pager_status()
-        free = -1
         # A guest that stands still would only be waited for.
-        if not self._hold.active:
-            with contextlib.suppress(HvaError):
-                free = (await self.guest.stats(_STATS_SECONDS)).memory_free_bytes
-        return Measure(
-            uptime_s=accounts.uptime(self.process.start_time),
-            backing_bytes=pager["backing_bytes"],
-            resident_pages=pager["backing_bytes"] >> PAGE_SHIFT,
-            zero_pages=pager["zero_pages"],
-            layer_pages=pager["layer_pages"],
-            preserved_pages=pager["preserved_pages"],
-            refaults=pager["refaults"],
-            refault_pages=pager["refault_pages"],
-            qemu_rss_bytes=accounts.own_memory(self.process.pid),
-            pager_rss_bytes=accounts.all_memory(self.pager.pid),
-            agent_rss_bytes=accounts.all_memory(os.getpid()),
-            store_bytes=pager["store_bytes"],
-            layer_cached_bytes=cached,
-            guest_free_bytes=free,
-        )
+        free = -1 if self._hold.active else await measures.guest_free(self.guest)
+        images = [image for image, _ in self.record.layers]
+        return await measures.measure(pager, self.process, self.pager.pid, images, free)
 
     async def sample(self) -> Sample:
         """One point of the timeline.
 
         :raise PeerLost: as :meth:`measure`.
         """
-        pager = await self._pager_status()
-        report = self.reclaimer.report
-        return Sample(
-            at_s=accounts.uptime(self.process.start_time),
-            backing_bytes=pager["backing_bytes"],
-            zero_pages=pager["zero_pages"],
-            layer_pages=pager["layer_pages"],
-            preserved_pages=pager["preserved_pages"],
-            refault_pages=pager["refault_pages"],
-            states={state.name.lower(): count for state, count in report.totals.items()} if report else {},
-        )
+        return measures.sample(await self._pager_status(), self.process, self.reclaimer.report)
 
     async def status(self) -> VmStatus:
         """Everything ``status`` shows. Never raises for a peer that is silent or gone: it shows that."""
@@ -235,15 +190,14 @@ class Vm:
         with contextlib.suppress(HvaError):
             pager = await self._what_is_held()
             measure = await self.measure()
-        state = self.state
         hello = self.guest.hello
         refused = self.refusals.text
         if not refused and hello is not None and hello.checks_free_pages:
             refused = "unused: the guest checks the content of its free pages (page_poison)"
         return VmStatus(
             name=self.name,
-            state=state,
-            reason=self._hold.reason if state is VmState.HELD else self._reason,
+            state=self.state,
+            reason=self._condition.reason,
             reclaim_refused=refused,
             pid=self.process.pid,
             pager_pid=self.pager.pid,
@@ -303,7 +257,7 @@ class Vm:
             seconds = 30 + _RESTORE_SECONDS_PER_GIB * (wanted / (1 << 30))
             answer = await self.pager.link.call("restore", timeout=seconds)
         if answer["left"]:
-            raise RefusedError(f"VM {self.name}: {answer['left']} pages can not be restored", "see 'hvaqemu status'")
+            raise RefusedError(f"VM {self.name}: {answer['left']} pages can not be restored: {answer['why']}")
         return int(answer["pages"])
 
     async def resume(self) -> int:
@@ -341,7 +295,7 @@ class Vm:
         """
         if not self.config.allow_exec:
             raise RefusedError(f"VM {self.name}: commands in the guest are off", "set allow_exec: true in its file")
-        self._refuse_when_still()
+        self._condition.refuse_when_still()
         return await self.guest.execute(argv, timeout, stdin, limit)
 
     async def balloon(self, size: int, timeout: float) -> int:
@@ -349,7 +303,7 @@ class Vm:
 
         :raise HvaError: it did not get there in time, or QEMU refused.
         """
-        self._refuse_when_still()
+        self._condition.refuse_when_still()
         if self.qmp is None:
             raise PeerLost("QMP: not connected")
         return await self.qmp.balloon(size, timeout)
@@ -372,12 +326,6 @@ class Vm:
     def _logs(self) -> list[Path]:
         return [self.folder.path / name for name in (CONSOLE_LOG, QEMU_LOG, PAGER_LOG)]
 
-    def _refuse_when_still(self) -> None:
-        """:raise RefusedError: the guest will never answer, or not before its operator did something."""
-        self._hold.refuse(self.name)
-        if self._state is VmState.PANICKED:
-            raise RefusedError(f"VM {self.name}: {self._reason}", f"see 'hvaqemu console {self.name}'")
-
     async def _refuse_when_unsafe(self) -> None:
         self._hold.refuse(self.name)
         self.layers.look()
@@ -395,9 +343,6 @@ class Vm:
     async def _pager_status(self) -> dict[str, Any]:
         return await call(self.pager, "status")
 
-    def _layer_cached_bytes(self) -> int:
-        return sum(accounts.cached_bytes(image) for image, _ in self.record.layers)
-
     async def _let_go(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -411,25 +356,6 @@ class Vm:
         if self.qmp is not None:
             await self.qmp.close()
         self.process.close()
-
-    def _enter(self, state: VmState, reason: str = "") -> None:
-        if self._state not in (VmState.GONE, state):
-            self._state, self._reason = state, reason
-            self._tell_state()
-
-    def _tell_state(self) -> None:
-        if (state := self.state) is not self._told:
-            self._told = state
-            reason = self._hold.reason if state is VmState.HELD else self._reason
-            self._listener("VM_STATE", {"name": self.name, "state": state, "reason": reason})
-
-    def _fail(self, state: VmState, why: str) -> None:
-        self._enter(state, why)
-        self._can_not_go_on(why)
-
-    def _can_not_go_on(self, why: str) -> None:
-        if not self.failure.done():
-            self.failure.set_result(why)
 
     def _on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         if name == "held":
@@ -463,12 +389,11 @@ class Vm:
         if pages:
             self._hold.begin(pages, self.qmp)
             self._listener("VM_HELD", {"name": self.name, "held": held})
-            self._can_not_go_on(self._hold.reason)
         else:
             self._hold.end()
             self._spawn(self._hold.let_go(self.qmp))
             self._listener("VM_RELEASED", {"name": self.name})
-        self._tell_state()
+        self._condition.hold_changed()
 
     def _on_layers(self, event: str, data: dict[str, Any]) -> None:
         self._listener(event, {"name": self.name, **data})
@@ -508,15 +433,8 @@ class Vm:
     def _on_guest(self, state: LinkState) -> None:
         self._listener("GUEST_AGENT", {"name": self.name, "state": state.value})
 
-    def _why_panicked(self) -> str:
-        """What the guest's kernel said of its end; what it prints after that is a call trace."""
-        said = logs.tail(self.console_log, _CONSOLE_BYTES).splitlines()
-        reasons = [line for line in said if _PANIC in line]
-        return f"the guest's kernel panicked: {reasons[-1] if reasons else logs.one_line(chr(10).join(said), 2)}"
-
     async def _watch_qemu(self) -> None:
-        why = await self.wait_gone()
-        self._fail(VmState.GONE, why if self._state is not VmState.STOPPING else f"{self._reason}: {why}")
+        self._condition.gone(await self.wait_gone())
 
     # What becomes of the pager (:class:`PagerWatcher`)
 
@@ -526,12 +444,11 @@ class Vm:
     def pager_failed(self, error: Exception) -> None:
         self._listener("PAGER_FAILED", {"name": self.name, "error": str(error)})
         self._hold.without_pager(str(error))
-        self._can_not_go_on(self._hold.reason)
-        self._tell_state()
+        self._condition.hold_changed()
 
     def pager_back(self, seconds: float) -> None:
         self._hold.without_pager("")
-        self._tell_state()
+        self._condition.hold_changed()
         self._spawn(self.learn_held())
         self._store(
             pager_restarts=self.record.pager_restarts + 1, pager_pause_s=max(seconds, self.record.pager_pause_s)
@@ -550,12 +467,6 @@ class Vm:
     async def follow(self) -> None:
         """Catch up with what happened to the guest while nobody listened."""
         assert self.qmp is not None
-        status = await self.qmp.status()
-        if status.running:
-            self._enter(VmState.RUNNING)
-        elif status.status == "guest-panicked":
-            self._fail(VmState.PANICKED, self._why_panicked())
-        else:
-            self._enter(VmState.PAUSED, status.status)
+        self._condition.catch_up(await self.qmp.status())
         await self._hold.connected(self.qmp)
         await hazards.listen(self.qmp)

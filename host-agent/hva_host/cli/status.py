@@ -101,7 +101,7 @@ def _memory(measure: Measure) -> list[tuple[str, object]]:
         ("refaults", f"{measure.refaults:,} brought {pages(measure.refault_pages)} back"),
         (
             "own memory",
-            f"QEMU {format_size(measure.qemu_rss_bytes)}, pager {format_size(measure.pager_rss_bytes)}, "
+            f"QEMU {format_size(measure.qemu_rss_bytes)}, pager {format_size(measure.pager_pss_bytes)}, "
             f"host agent {format_size(measure.agent_rss_bytes)}, store {format_size(measure.store_bytes)}",
         ),
         ("layers cached", f"{format_size(measure.layer_cached_bytes)} in the host's page cache"),

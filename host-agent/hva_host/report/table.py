@@ -41,7 +41,7 @@ _GUEST: list[tuple[str, Cell]] = [
 ]
 _COST: list[tuple[str, Cell]] = [
     ("QEMU\nown", lambda m: _mib(m.qemu_rss_bytes)),
-    ("pager", lambda m: _mib(m.pager_rss_bytes)),
+    ("pager", lambda m: _mib(m.pager_pss_bytes)),
     ("host\nagent", lambda m: _mib(m.agent_rss_bytes)),
     ("store", lambda m: _mib(m.store_bytes)),
     ("layers\ncached", lambda m: _mib(m.layer_cached_bytes)),

@@ -1,0 +1,71 @@
+"""A VM's figures, from what its processes say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hva_host.agent import accounts
+from hva_host.agent.guest_exchange import ScanReport
+from hva_host.agent.guest_link import GuestLink
+from hva_host.agent.model import Measure, Sample
+from hvaqemu.errors import HvaError
+from hvaqemu.pages import PAGE_SHIFT
+from hvaqemu.qemu.process import QemuProcess
+
+_STATS_SECONDS = 2.0
+
+
+async def guest_free(guest: GuestLink) -> int:
+    """The guest's MemFree in bytes, -1 where its agent does not answer."""
+    with suppress(HvaError):
+        return (await guest.stats(_STATS_SECONDS)).memory_free_bytes
+    return -1
+
+
+async def measure(
+    pager: Mapping[str, Any], process: QemuProcess, pager_pid: int, images: Sequence[Path], free: int
+) -> Measure:
+    """All figures of a VM's memory.
+
+    :param pager: its pager's status.
+    :param images: its layers.
+    :param free: what :func:`guest_free` answered.
+    """
+    return Measure(
+        uptime_s=accounts.uptime(process.start_time),
+        backing_bytes=pager["backing_bytes"],
+        resident_pages=pager["backing_bytes"] >> PAGE_SHIFT,
+        zero_pages=pager["zero_pages"],
+        layer_pages=pager["layer_pages"],
+        preserved_pages=pager["preserved_pages"],
+        refaults=pager["refaults"],
+        refault_pages=pager["refault_pages"],
+        qemu_rss_bytes=accounts.own_memory(process.pid),
+        pager_pss_bytes=accounts.shared_out_memory(pager_pid),
+        agent_rss_bytes=accounts.all_memory(os.getpid()),
+        store_bytes=pager["store_bytes"],
+        layer_cached_bytes=await asyncio.to_thread(_cached, images),
+        guest_free_bytes=free,
+    )
+
+
+def sample(pager: Mapping[str, Any], process: QemuProcess, report: ScanReport | None) -> Sample:
+    """One point of a VM's timeline, from its pager's status and the guest's newest report."""
+    return Sample(
+        at_s=accounts.uptime(process.start_time),
+        backing_bytes=pager["backing_bytes"],
+        zero_pages=pager["zero_pages"],
+        layer_pages=pager["layer_pages"],
+        preserved_pages=pager["preserved_pages"],
+        refault_pages=pager["refault_pages"],
+        states={state.name.lower(): count for state, count in report.totals.items()} if report else {},
+    )
+
+
+def _cached(images: Sequence[Path]) -> int:
+    return sum(accounts.cached_bytes(image) for image in images)

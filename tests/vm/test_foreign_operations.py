@@ -32,6 +32,20 @@ _MEMORY = 256 * MiB
 _SOME_EPOCHS = 3
 _CHURN = "cd /run; setsid sh -c 'python3 -B churn.py {seconds} >churn.said 2>&1; echo $? >churn.status' &"
 
+#: Holds memory whose checksum it says at first, and again when asked.
+_HELD = """
+import hashlib, os, time
+data = os.urandom(24 << 20)
+def say(name):
+    with open(name + ".new", "w") as file:
+        file.write(hashlib.md5(data).hexdigest())
+    os.rename(name + ".new", name)
+say("held")
+while not os.path.exists("ask"):
+    time.sleep(0.2)
+say("answer")
+"""
+
 
 class Foreign(Guest):
     """A guest whose QEMU has a second monitor, for whoever has nothing to do with hvaqemu."""
@@ -163,20 +177,33 @@ async def balloon_is(client: QMPClient, size: int) -> None:
 
 
 async def test_snapshot_save_and_load(guest: Foreign) -> None:
+    """Back to a moment at which the guest was idle.
+
+    Of a busy one QEMU loses interrupts: what waits in TCG's interrupt controller is in no snapshot (QEMU 7.2,
+    hw/intc/s390_flic.c has it in no vmstate), and a guest without its virtio interrupts hangs, epochs or not (seen).
+    """
     disk = {"vmstate": "root", "devices": ["root"]}
     before = len(guest.reasons())
-    async with continuous_epochs(guest, 14):
-        await asyncio.sleep(1.0)
-        await guest.run("echo before >/run/when")
-        await guest.tell("snapshot-save", job_id="save", tag="then", **disk)
-        await guest.job("save")
+    assert (await guest.vm.execute(["tee", "/run/held.py"], timeout=STEP_SECONDS, stdin=_HELD.encode())).ok
+    held = await guest.run("cd /run; setsid python3 -B held.py & while [ ! -s held ]; do sleep 0.1; done; cat held")
+    await guest.vm.reclaim(BOTH)
+    await asyncio.sleep(1.0)
+    await guest.tell("snapshot-save", job_id="save", tag="then", **disk)
+    await guest.job("save")
+    async with continuous_epochs(guest, 5):
         await guest.run("echo after >/run/when")
-        await guest.epochs(4)
-        await guest.tell("snapshot-load", job_id="load", tag="then", **disk)
-        await guest.job("load")
-        await guest.tell("cont")
-        await guest.vm.guest.wait_connected(STEP_SECONDS)
-        assert await guest.run("cat /run/when") == "before\n"
+    guest.vm.start_reclaiming(BOTH, 0.0)
+    await guest.epochs()
+    await guest.tell("snapshot-load", job_id="load", tag="then", **disk)
+    await guest.job("load")
+    await guest.vm.guest.ping(STEP_SECONDS)
+    await guest.epochs()
+    assert await guest.run("cat /run/when 2>/dev/null || echo before") == "before\n"
+    await guest.run("touch /run/ask; while [ ! -s /run/answer ]; do sleep 0.1; done")
+    assert await guest.run("cat /run/answer") == held
+    assert (await guest.vm.stop_reclaiming()).discarded > 0
+    async with continuous_epochs(guest, 3):
+        pass
     said = guest.reasons()[before:]
     assert any("snapshot-save" in reason for reason in said)
     assert any("snapshot-load" in reason for reason in said)

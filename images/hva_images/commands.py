@@ -72,6 +72,8 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if console else subprocess.PIPE,
         env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
+        # What it makes, compiled modules of the image among it, must not depend on who builds it.
+        umask=0o022,
         start_new_session=True,
     ) as process:
         assert process.stdout is not None

@@ -66,6 +66,11 @@ class Board:
         """How often the program has answered."""
         return int(self.answer().get("beat", 0))
 
+    @property
+    def touches(self) -> int:
+        """Pages that a probe has touched; 0 before it has begun."""
+        return int(self.answer().get("pauses", {}).get("touches", 0))
+
     async def beats(self, count: int = 2, seconds: float = STEP_SECONDS) -> None:
         """Wait until the program has answered ``count`` times more."""
         before = self.beat

@@ -87,10 +87,8 @@ class Orphan:
         assert self.host.agents() == []
         before = await self.host.pager_status(_NAME)
         await self.order("go")
-        touches = self.board.answer()["pauses"]["touches"]
-        await until(
-            lambda: self.board.answer()["pauses"]["touches"] > touches + 400, STEP_SECONDS, "a guest that reads"
-        )
+        touches = self.board.touches
+        await until(lambda: self.board.touches > touches + 400, STEP_SECONDS, "a guest that reads")
         after = await self.host.pager_status(_NAME)
         assert after["refaults"] - before["refaults"] > 50
         assert after["discarded_pages"] == before["discarded_pages"]
@@ -122,7 +120,7 @@ async def orphan() -> AsyncIterator[Orphan]:
         await host.command("up", file)
         made = Orphan(host, board)
         await made.run(*start_command("probe"), stdin=bundle())
-        await until(lambda: board.answer().get("pauses", {}).get("touches"), STEP_SECONDS, "the program in the guest")
+        await until(lambda: board.touches, STEP_SECONDS, "the program in the guest")
         yield made
         tree = await made.run("sh", "-c", TREE)
         await made.reclaim()
@@ -225,10 +223,10 @@ async def test_both_at_once(orphan: Orphan) -> None:
         await orphan.gone(pager)
         await asyncio.sleep(wait)
         # Nobody answers: the program stands still by now.
-        touches = orphan.board.answer()["pauses"]["touches"]
+        touches = orphan.board.touches
         if wait:
             await asyncio.sleep(0.2)
-            assert orphan.board.answer()["pauses"]["touches"] <= touches
+            assert orphan.board.touches <= touches
         asked = time.monotonic()
         status = await orphan.status()
         assert status.pager_pid not in (0, pager)

@@ -22,7 +22,7 @@ SIZE = 32 << 20
 REST = 0.004
 TOUCHES = 2
 #: Shorter gaps, in seconds, are not told of.
-GAP = 0.03
+GAP = 0.01
 
 
 class Pauses:
@@ -30,7 +30,7 @@ class Pauses:
 
     _LONGEST, _TOUCHES, _REST, _COUNT, _GAPS = range(5)
     #: The newest gaps that are kept; the host looks oftener than so many can pass.
-    KEPT = 16
+    KEPT = 32
 
     def __init__(self):
         self._words = memoryview(mmap.mmap(-1, PAGE)).cast("Q")

@@ -13,7 +13,9 @@ from hva_host.agent.pager_process import PagerHandle
 from hvaqemu.errors import DeadlineExceeded, HvaError
 from hvaqemu.qemu.process import QemuProcess
 
-_RETRY_SECONDS = 0.2
+_RETRY_SECONDS = 0.02
+#: How long none could be started before that is said: one that dies while it attaches is no news yet.
+_FAILED_SECONDS = 1.0
 _RETRY_MAX_SECONDS = 10.0
 #: QEMU's end takes its pager with it, and may be seen a moment later.
 _QEMU_ENDS_SECONDS = 0.01
@@ -29,7 +31,7 @@ class PagerWatcher(Protocol):
         """It died; faults go unanswered."""
 
     def pager_failed(self, error: Exception) -> None:
-        """No other could be started yet; it is tried again."""
+        """No other could be started for a while; it is tried again."""
 
     def pager_back(self, seconds: float) -> None:
         """Another serves, after faults went unanswered for so long."""
@@ -65,7 +67,8 @@ async def keep_pager(
             await connect_or_start(pager, process, layers)
         except (HvaError, OSError) as error:
             # Never given up while QEMU lives: its vCPUs wait for a pager.
-            watcher.pager_failed(error)
+            if time.monotonic() - died > _FAILED_SECONDS:
+                watcher.pager_failed(error)
             await asyncio.sleep(pause)
             pause = min(pause * 2, _RETRY_MAX_SECONDS)
             continue

@@ -26,6 +26,7 @@ def main() -> int:
     outcome = run(Options(options.seconds, seed, options.memory * MiB), say, options.log)
     show(outcome)
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(outcome.model_dump_json(indent=1) + "\n")
     return 0 if outcome.ok else 1
 

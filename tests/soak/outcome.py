@@ -16,8 +16,9 @@ from tests.vm.board import Gap
 #: Lengths, in seconds, from which on the guest's gaps are counted.
 _LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 #: The last touch before a death may have been this long before it, in seconds.
-_BEFORE = 0.02
+_BEFORE = 0.1
 _WORST = 8
+SEVERAL = "several of these in one pause"
 
 
 class Pauses(BaseModel):
@@ -39,13 +40,16 @@ def by_deed(deeds: Sequence[tuple[float, str]], gaps: Sequence[Gap]) -> dict[str
     """What the guest saw of each kind of deed.
 
     :param deeds: time and kind of each, oldest first. A gap belongs to the last deed before it began; a deed after
-        which no gap was long enough to be told of counts as 0.
+        which no gap was long enough to be told of counts as 0. Gaps in which more was done are a kind of their own.
     """
     longest = [0.0] * len(deeds)
-    for gap in gaps:
-        if (place := _deed_of(deeds, gap)) >= 0:
-            longest[place] = max(longest[place], gap.seconds)
     found: dict[str, list[float]] = {}
+    for gap in gaps:
+        place = _deed_of(deeds, gap)
+        if place + 1 < len(deeds) and deeds[place + 1][0] < gap.began + gap.seconds:
+            found.setdefault(SEVERAL, []).append(gap.seconds)
+        elif place >= 0:
+            longest[place] = max(longest[place], gap.seconds)
     for (_, kind), seconds in zip(deeds, longest, strict=True):
         found.setdefault(kind, []).append(seconds)
     return {

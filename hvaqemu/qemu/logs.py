@@ -14,18 +14,22 @@ def printable(text: str) -> str:
     )
 
 
-def tail(path: Path, size: int = 4096) -> str:
-    """The whole lines among the last ``size`` bytes of a log, printable; "" where there is no log."""
+def tail(path: Path, size: int = 4096, since: int = 0) -> str:
+    """The whole lines among the last ``size`` bytes of a log, printable; "" where there is no log.
+
+    :param since: a size the log once had, in bytes: what was in it then is left out.
+    """
     try:
         with path.open("rb") as file:
             length = file.seek(0, os.SEEK_END)
+            size = min(size, length - since) if length >= since else size
             file.seek(max(0, length - size))
             raw = file.read(size)
     except OSError:
         return ""
     # A serial console ends its lines with both.
     text = raw.decode(errors="replace").replace("\r\n", "\n")
-    if length > size:
+    if length > size and length - size != since:
         text = text.partition("\n")[2] or text
     return printable(text).strip()
 

@@ -98,6 +98,9 @@ def test_tail_is_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"".join(b"line %d\n" % number for number in range(1000)))
     assert logs.tail(path, 20) == "line 998\nline 999"
+    assert logs.tail(path, since=path.stat().st_size) == ""
+    assert logs.tail(path, since=path.stat().st_size - 9) == "line 999"
+    assert logs.tail(path, 20, since=1 << 40) == "line 998\nline 999", "it was cut meanwhile"
     assert logs.tail(tmp_path / "absent") == ""
     path.write_bytes(b"x" * 100)
     assert logs.tail(path, 20) == "x" * 20

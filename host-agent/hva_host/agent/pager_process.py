@@ -34,6 +34,7 @@ class PagerHandle:
         self._parent = parent
         self._on_event = on_event
         self._pidfd = -1
+        self._log_before = 0
         self.link = PagerLink(on_event)
         self.pid = 0
 
@@ -54,7 +55,7 @@ class PagerHandle:
         except (HvaError, OSError) as error:
             await self.link.close()
             self.kill()
-            said = logs.one_line(logs.tail(self._runtime / PAGER_LOG), 1)
+            said = logs.one_line(logs.tail(self._runtime / PAGER_LOG, since=self._log_before), 1)
             raise LaunchError(said or f"pager: {error}") from error
         except BaseException:
             self.kill()
@@ -64,8 +65,9 @@ class PagerHandle:
         path = self._runtime / PAGER_SOCKET
         path.unlink(missing_ok=True)
         self._forget()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-        log = os.open(self._runtime / PAGER_LOG, flags, 0o600)
+        log = os.open(self._runtime / PAGER_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        # What its predecessor died of stays to be read.
+        self._log_before = os.fstat(log).st_size
         try:
             with sockets.listen(path) as listener:
                 self.pid, self._pidfd = await self._parent.fork(qemu_pid, layers, listener.fileno(), log)

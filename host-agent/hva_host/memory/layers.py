@@ -83,9 +83,11 @@ class Layer:
         if not wait and not self._nowait and not self._in_memory:
             raise NotCached
         flags = os.RWF_NOWAIT if self._nowait and not wait else 0
+        # Held while it is read, also by a helper thread: its number must not become another file's after a switch.
+        file = self.file
         try:
             reach("layer.read")
-            got = os.preadv(self.fd, [into[:length]], offset, flags)
+            got = os.preadv(file.fileno(), [into[:length]], offset, flags)
         except BlockingIOError as error:
             raise NotCached from error
         except OSError as error:

@@ -173,6 +173,19 @@ async def test_two_epochs_at_once_are_refused_and_an_abandoned_one_ends(vcpu: Vc
     assert done["discarded_layer"] == PAGES // 2
 
 
+async def test_an_epoch_whose_host_agent_is_gone_ends(vcpu: Vcpu) -> None:
+    """Nobody confirms it any more: the next host agent needs not wait for its deadline, nor a guest that writes."""
+    wanted = np.full(PAGES, Member.UNUSED, dtype=np.uint8)
+    await vcpu.pager.link.call("begin-epoch", {"seconds": 300}, wanted.tobytes())
+    await vcpu.pager.link.close()
+    await vcpu.pager.adopt()
+    for _ in range(500):
+        if (await call(vcpu.pager, "status"))["phase"] == "done":
+            break
+        await asyncio.sleep(0.01)
+    assert (await vcpu.discard())["discarded_layer"] == PAGES // 2
+
+
 async def test_nonsense_from_the_other_end_changes_nothing(vcpu: Vcpu) -> None:
     with pytest.raises(RefusedError, match="knows no command"):
         await vcpu.pager.link.call("format-disk")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, Runstate
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, Runstate, StateError
 from qemu.qmp.error import QMPError
 from qemu.qmp.message import Message
 
@@ -91,8 +91,9 @@ class ControlClient:
             raise _raised(error) from error
         except ExecInterruptedError as error:
             raise PeerLost(f"{command}: the host agent ended meanwhile", "its log is agent.log") from error
-        except QMPError as error:
-            raise PeerLost(f"{command}: the connection to the host agent is lost: {error}") from error
+        except (QMPError, StateError) as error:
+            # Its words are about the library's own states.
+            raise PeerLost(f"{command}: the connection to the host agent is lost") from error
         finally:
             self._listener.on_event = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -114,8 +115,11 @@ async def adopt_vm(folder: VmFolder, record: VmRecord, pagers: PagerParent, list
     events.vm = vm
     vm.qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)
     reach("agent.adopt.found")
-    with suppress(HvaError):
-        await connect_or_start(vm.pager, process, record.layers)
+    began = time.monotonic()
+    with suppress(HvaError, OSError):
+        if await connect_or_start(vm.pager, process, record.layers):
+            # It died while nobody looked: how long ago is not known, so this is the least it was.
+            vm.pager_back(time.monotonic() - began)
         await vm.learn_held()
     # A QEMU whose main loop waits for a fault answers no QMP; the supervisor tries again.
     never_ran = False

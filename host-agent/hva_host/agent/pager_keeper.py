@@ -37,16 +37,18 @@ class PagerWatcher(Protocol):
         """Another serves, after faults went unanswered for so long."""
 
 
-async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Sequence[tuple[Path, Path]]) -> None:
-    """Connect to the pager there is, or start one.
+async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Sequence[tuple[Path, Path]]) -> bool:
+    """Connect to the pager there is, or start one; was one started?
 
     :raise HvaError: none could be started.
     :raise OSError: the host lacks something for it.
     """
     try:
         await pager.adopt()
+        return False
     except HvaError:
         await pager.start(process.pid, layers, anew=True)
+        return True
 
 
 async def keep_pager(

@@ -94,7 +94,10 @@ class PagerLink:
             while data := await reader.read(1 << 16):
                 for message, _ in decoder.feed(data):
                     self._deliver(message)
-        except (OSError, ProtocolError) as error:
+        except OSError:
+            # Killed with our bytes unread: the same to us.
+            why = "the pager hung up"
+        except ProtocolError as error:
             why = str(error)
         finally:
             self._end(why)

@@ -48,6 +48,7 @@ class Commands:
         self._sources = sources
         self._prover = Prover(ram)
         self._announced = -1
+        self._driver: Client | None = None
         self._commands: dict[str, Callable[[Message, bytes], dict[str, Any]]] = {
             "hello": self._hello,
             "add-layer": self._add_layer,
@@ -73,11 +74,19 @@ class Commands:
             if command not in self._commands:
                 raise RefusedError(f"the pager knows no command {command!r}")
             answer["return"] = self._commands[command](arguments, payload)
+            if command == "begin-epoch":
+                self._driver = client
         except PeerLost:
             raise
         except (HvaError, KeyError, ValueError, TypeError) as error:
             answer["error"] = str(error)
         self._server.reply(client, answer)
+
+    def gone(self, client: Client) -> None:
+        """A host agent hung up: nobody is left to carry confirmations for an epoch of its own."""
+        if client is self._driver and self._work.epoch is not None:
+            self._work.epoch.abandon("its host agent hung up")
+            self._work.hurry()
 
     def announce(self) -> None:
         """Tell what has come about since the last call: an epoch that is protected, pages that are held."""

@@ -44,7 +44,7 @@ class Pager:
         self._poller = select.epoll()
         for fd in (self._ram.uffd.fd, self._pidfd, self._fetcher.fd):
             self._poller.register(fd, select.EPOLLIN)
-        self._server = Server(listener, self._poller)
+        self._server = Server(listener, self._poller, lambda client: self._commands.gone(client))
         self._commands = Commands(pid, self._ram, self._refaults, self._fetcher, self._work, self._server, sources)
 
     def run(self) -> None:

@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 
 from hva_host.pager.messages import Message, MessageDecoder, encode
 from hvaqemu.errors import ProtocolError
@@ -30,11 +31,15 @@ class Server:
     """Accepts host agents of the same user (or root) and passes messages.
 
     :param poller: its descriptors are registered here.
+    :param gone: told of a host agent that hung up or was dropped.
     """
 
-    def __init__(self, listener: socket.socket, poller: select.epoll) -> None:
+    def __init__(
+        self, listener: socket.socket, poller: select.epoll, gone: Callable[[Client], None] = lambda _client: None
+    ) -> None:
         self._listener = listener
         self._poller = poller
+        self._gone = gone
         self._clients: dict[int, Client] = {}
         listener.setblocking(False)
         poller.register(listener, select.EPOLLIN)
@@ -108,3 +113,4 @@ class Server:
         del self._clients[client.socket.fileno()]
         self._poller.unregister(client.socket)
         client.socket.close()
+        self._gone(client)

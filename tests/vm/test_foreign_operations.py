@@ -150,8 +150,10 @@ async def test_stop_and_cont(guest: Foreign) -> None:
         for _ in range(2):
             await guest.tell("stop")
             assert (await guest.vm.status()).state is VmState.PAUSED
-            # Copies need no guest; what it would have to confirm stays.
-            await guest.epochs(1)
+            # Copies need no guest, which is not waited for; what it would have to confirm stays.
+            await guest.epochs(2)
+            stats = guest.vm.reclaimer.epochs[-1]
+            assert (stats.note, stats.unconfirmed) == ("", 0)
             await guest.tell("cont")
             assert (await guest.vm.status()).state is VmState.RUNNING
             await asyncio.sleep(0.5)

@@ -51,19 +51,21 @@ class EpochDriver:
         self._came.set()
 
     async def run(
-        self, guest: GuestLink, pager: PagerLink, states: Collection[ReclaimState], *, sift: bool
+        self, guest: GuestLink | None, pager: PagerLink, states: Collection[ReclaimState], *, sift: bool
     ) -> EpochStats:
         """One epoch.
 
+        :param guest: who reports and confirms; None: nobody is asked, so the last report serves, and only for copies.
         :raise PeerLost: the pager went.
         :raise DeadlineExceeded: the pager did not end the epoch in time.
         :raise RefusedError: the pager refuses: a device pins RAM, or it is busy.
         """
         began = time.monotonic()
-        await self._scan(guest)
+        if guest is not None:
+            await self._scan(guest)
         reach("agent.epoch.scanned")
         scanned = time.monotonic()
-        if not _may_lose_free_pages(guest):
+        if guest is None or not _may_lose_free_pages(guest):
             states = [state for state in states if state is not ReclaimState.UNUSED]
         classes = self.report.classes if self.report is not None else None
         wanted = members(classes, self._pages, states, sift=sift)

@@ -29,6 +29,7 @@ _REFUSED_SECONDS = 0.5
 class Reclaimer:
     """The epochs of one VM, never two at once.
 
+    :param guest: who can be asked now; nobody, where the guest does not run.
     :param check: raises before an epoch that would not be safe.
     :param on_epoch: told of every epoch that ended.
     :ivar exclusive: held during an epoch, and by whatever must not overlap one.
@@ -38,7 +39,7 @@ class Reclaimer:
     def __init__(
         self,
         pages: int,
-        guest: GuestLink,
+        guest: Callable[[], GuestLink | None],
         pager: Callable[[], PagerHandle],
         check: Callable[[], Coroutine[Any, Any, None]],
         on_epoch: Callable[[EpochStats], None],
@@ -118,7 +119,7 @@ class Reclaimer:
     async def _epoch(self, states: Sequence[ReclaimState], *, sift: bool) -> EpochStats:
         async with self.exclusive:
             await self._check()
-            stats = await self._driver.run(self._guest, self._pager().link, states, sift=sift)
+            stats = await self._driver.run(self._guest(), self._pager().link, states, sift=sift)
         self.epochs.append(stats)
         self._on_epoch(stats)
         return stats

@@ -75,7 +75,9 @@ class Vm:
         self.refusals = Refusals(self._on_refusals)
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
         self.pager = PagerHandle(folder.path, pagers, self._on_pager_event)
-        self.reclaimer = Reclaimer(pages, self.guest, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch)
+        self.reclaimer = Reclaimer(
+            pages, self._who_answers, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch
+        )
         self._hazards = HazardWatch(self.refusals, lambda: self.qmp, process)
         self._monitor = Monitor(
             lambda: self.qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed
@@ -322,6 +324,10 @@ class Vm:
             raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error
 
     # Inside
+
+    def _who_answers(self) -> GuestLink | None:
+        """The guest agent, unless its guest is paused: waiting for it would only keep pages protected."""
+        return self.guest if self.state is not VmState.PAUSED else None
 
     def _logs(self) -> list[Path]:
         return [self.folder.path / name for name in (CONSOLE_LOG, QEMU_LOG, PAGER_LOG)]

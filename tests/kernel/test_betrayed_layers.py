@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from hva_host.agent.pager_process import call
+from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.memory.ledger import LEDGER_NAME
 from hva_host.pager.process_files import descriptors
+from hvaqemu.errors import LaunchError
 from tests.kernel.faults import COPIES, Machine
 from tests.kernel.harness import PAGE
 
@@ -216,3 +218,23 @@ async def test_a_held_page_that_must_be_read_from_the_disk_stays_held_until_it_i
     assert (await call(machine.pager, "resume"))["held"] in (0, 1)
     assert await reading in machine.expected[ALTERED]
     assert (await call(machine.pager, "status"))["held"] == []
+
+
+async def test_a_ledger_that_names_itself_as_a_layer(machine: Machine) -> None:
+    """Opening and closing it again would drop the pager's lock, and let a second one in beside it."""
+    fd = next(fd for fd, link in descriptors(machine.child.pid).items() if LEDGER_NAME in link)
+    path = Path(f"/proc/{machine.child.pid}/fd/{fd}")
+    status, layer = path.stat(), golden(machine).stat()
+    machine.kill_pager()
+    await asyncio.to_thread(
+        rewrite, path, struct.pack("=QQ", layer.st_dev, layer.st_ino), struct.pack("=QQ", status.st_dev, status.st_ino)
+    )
+    golden(machine).unlink()
+    await machine.restarted(1)
+    reading = asyncio.create_task(machine.read(ALTERED))
+    assert await machine.held()
+    (machine.folder / "second").mkdir()
+    second = PagerHandle(machine.folder / "second", machine.parent, lambda _name, _data: None)
+    with pytest.raises(LaunchError, match="another pager serves this VM"):
+        await second.start(machine.child.pid, ())
+    reading.cancel()

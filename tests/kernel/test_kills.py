@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hva_host.agent import pager_keeper
-from hva_host.agent.pager_process import call
+from hva_host.agent import pager_keeper, pager_process
+from hva_host.agent.pager_process import PagerHandle, call
+from hva_host.memory.ledger import LEDGER_NAME
+from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import RefusedError
 from tests.kernel.faults import COPIES, FREE, PAGES, Machine
 
@@ -152,3 +154,31 @@ async def test_stuck(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert await machine.read(COPIES[3]) in machine.expected[COPIES[3]]
     await machine.restarted(2)
     await everything_works(machine)
+
+
+async def test_stuck_and_its_host_agent_is_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next host agent knows no number of it: it finds who holds the ledger, and replaces that."""
+    assert await machine.epoch() is not None
+    os.kill(machine.pager.pid, signal.SIGSTOP)
+    monkeypatch.setattr(pager_process, "CALL_SECONDS", 0.5)
+    handle = PagerHandle(machine.folder, machine.parent, lambda _name, _data: None)
+    assert machine.process is not None
+    try:
+        assert await pager_keeper.connect_or_start(handle, machine.process, machine.layers)
+        assert handle.pid != machine.pager.pid
+        assert await machine.read(COPIES[5]) in machine.expected[COPIES[5]]
+        assert (await call(handle, "status"))["layer_pages"] == len(COPIES) - 1
+    finally:
+        await handle.close()
+
+
+async def test_counters_at_their_limit_end_nobody(machine: Machine) -> None:
+    """What a compromised QEMU could write into its ledger."""
+    assert await machine.epoch() is not None
+    fd = next(fd for fd, link in descriptors(machine.child.pid).items() if LEDGER_NAME in link)
+    ledger = os.open(f"/proc/{machine.child.pid}/fd/{fd}", os.O_RDWR)
+    os.pwrite(ledger, b"\xff" * (4096 - 512), 512)
+    os.close(ledger)
+    await machine.check()
+    assert (await call(machine.pager, "status"))["refaults"] < len(COPIES) + len(FREE)
+    assert machine.restarts == 0

@@ -25,7 +25,7 @@ def main(pages: int, ways: list[str]) -> None:
     if "huge" not in ways:
         _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     userfaultfd()
-    os.memfd_create("hva-ledger")
+    os.memfd_create("hva-ledger", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.memfd_create("hva-store")
     ram = os.memfd_create("memory-backend-memfd", os.MFD_HUGETLB if "hugetlb" in ways else 0)
     os.ftruncate(ram, pages * PAGE)

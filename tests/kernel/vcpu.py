@@ -22,7 +22,11 @@ PAGE = 4096
 def main(pages: int) -> None:
     """Serve until stdin ends."""
     ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
-    kept = [userfaultfd(), os.memfd_create("hva-ledger"), os.memfd_create("hva-store")]
+    kept = [
+        userfaultfd(),
+        os.memfd_create("hva-ledger", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING),
+        os.memfd_create("hva-store"),
+    ]
     ram = os.memfd_create("memory-backend-memfd")
     os.ftruncate(ram, pages * PAGE)
     memory = mmap.mmap(ram, pages * PAGE)

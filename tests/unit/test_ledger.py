@@ -30,7 +30,7 @@ _RAM = 4711
 
 @pytest.fixture
 def fd() -> Iterator[int]:
-    found = os.memfd_create("ledger")
+    found = os.memfd_create("ledger", os.MFD_ALLOW_SEALING)
     yield found
     os.close(found)
 
@@ -65,7 +65,7 @@ def test_what_one_pager_wrote_the_next_one_reads(fd: int) -> None:
     st.lists(st.tuples(st.integers(0, 31), st.integers(1, 8), st.sampled_from(["zero", "layer", "erase"])), max_size=30)
 )
 def test_totals_are_what_the_entries_say(changes: list[tuple[int, int, str]]) -> None:
-    ledger = Ledger(os.memfd_create("ledger"), 40, _RAM)
+    ledger = Ledger(os.memfd_create("ledger", os.MFD_ALLOW_SEALING), 40, _RAM)
     try:
         for start, count, what in changes:
             erased = ledger.erase(start, count)
@@ -108,3 +108,13 @@ def test_a_ledger_cut_off_while_it_was_laid_out_is_laid_out_anew(fd: int) -> Non
     os.pwrite(fd, (77).to_bytes(8, "little"), 8)
     assert Ledger(os.dup(fd), 8, _RAM).pages == 8
     assert Ledger(os.dup(fd), 8, _RAM).totals()[Residence.LAYER] == 0
+
+
+def test_a_ledger_that_can_be_cut_is_refused() -> None:
+    """Whoever shortened it would end every pager by SIGBUS."""
+    with pytest.raises(RefusedError, match="can be cut"):
+        Ledger(os.memfd_create("ledger"), 8, _RAM)
+    sealed = os.memfd_create("ledger", os.MFD_ALLOW_SEALING)
+    Ledger(os.dup(sealed), 8, _RAM)
+    with pytest.raises(PermissionError):
+        os.ftruncate(sealed, 0)

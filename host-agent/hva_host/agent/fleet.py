@@ -53,13 +53,16 @@ class Fleet:
         # Without it pagers that live still serve; it is tried again when one is needed.
         with suppress(HostError):
             await self._pagers.prepare()
-        for name in records.names(self._runtime):
-            try:
-                await self._adopt(name)
-            except HvaError as error:
-                if isinstance(error, HostError):
-                    self._foreign[name] = error
-                self._on_event("VM_NOT_ADOPTED", {"name": name, "error": str(error)})
+        # All at once: one that does not answer must not keep others waiting for a pager.
+        await asyncio.gather(*(self._adopt_or_tell(name) for name in records.names(self._runtime)))
+
+    async def _adopt_or_tell(self, name: str) -> None:
+        try:
+            await self._adopt(name)
+        except HvaError as error:
+            if isinstance(error, HostError):
+                self._foreign[name] = error
+            self._on_event("VM_NOT_ADOPTED", {"name": name, "error": str(error)})
 
     async def _adopt(self, name: str) -> None:
         folder = VmFolder(self._runtime, name)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hva_host.agent.pager_process import PagerHandle
+from hva_host.agent.pager_process import PagerHandle, end_holder
 from hvaqemu.errors import DeadlineExceeded, HvaError
 from hvaqemu.qemu.process import QemuProcess
 
@@ -47,6 +47,8 @@ async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Seq
         await pager.adopt()
         return False
     except HvaError:
+        # One that is there and does not answer would keep the ledger from the next.
+        await asyncio.to_thread(end_holder, process.pid)
         await pager.start(process.pid, layers, anew=True)
         return True
 
@@ -67,8 +69,8 @@ async def keep_pager(
             watcher.pager_lost()
         try:
             await connect_or_start(pager, process, layers)
-        except (HvaError, OSError) as error:
-            # Never given up while QEMU lives: its vCPUs wait for a pager.
+        except Exception as error:
+            # Whatever it is, never given up while QEMU lives: its vCPUs wait for a pager.
             if time.monotonic() - died > _FAILED_SECONDS:
                 watcher.pager_failed(error)
             await asyncio.sleep(pause)

@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from hva_host.memory.native import ensure_native
 from hva_host.pager.parent import REQUEST_MAX
 from hvaqemu.errors import HostError, LaunchError
+
+T = TypeVar("T")
 
 #: Far more than importing everything takes on a loaded machine.
 _ANSWER_SECONDS = 20.0
@@ -46,13 +49,15 @@ class PagerParent:
         self._control: socket.socket | None = None
         #: One request at a time; held in threads.
         self._lock = threading.Lock()
+        # Of its own: guests wait for this, and what else runs in threads may hang on a file.
+        self._thread = ThreadPoolExecutor(1, "pagers")
 
     async def prepare(self) -> None:
         """Start it now, so that the first pager needs not wait for it.
 
         :raise HostError: it can not be started.
         """
-        await asyncio.to_thread(self._locked_start)
+        await self._in_thread(self._locked_start)
 
     async def fork(self, qemu_pid: int, layers: Sequence[tuple[Path, Path]], listener: int, log: int) -> Forked:
         """A new pager for a QEMU; whether it can attach shows on its socket and in its log.
@@ -63,12 +68,15 @@ class PagerParent:
         :raise HostError: the parent can not be started.
         """
         request = {"pid": qemu_pid, "layers": [[str(image), str(index)] for image, index in layers]}
-        return await asyncio.to_thread(self._fork, json.dumps(request).encode(), [listener, log])
+        return await self._in_thread(self._fork, json.dumps(request).encode(), [listener, log])
 
     def close(self) -> None:
         """End it; the pagers go on."""
         with self._lock:
             self._end()
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _locked_start(self) -> None:
         with self._lock:

@@ -14,12 +14,17 @@ from typing import Any
 
 from hva_host.agent.pager_link import CALL_SECONDS, PagerLink
 from hva_host.agent.pager_parent import PagerParent
+from hva_host.memory.ledger import LEDGER_NAME, holder
+from hva_host.pager.main import PROCESS_NAME
+from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import HvaError, LaunchError, PeerLost, RefusedError
 from hvaqemu.qemu import logs, sockets
 
 PAGER_SOCKET = "pager.sock"
 PAGER_LOG = "pager.log"
-_ATTACH_SECONDS = 20.0
+_ENDS_SECONDS = 5.0
+#: One that lost its index reads the whole image before it serves.
+_ATTACH_SECONDS = 120.0
 
 
 class PagerHandle:
@@ -48,7 +53,11 @@ class PagerHandle:
         """
         try:
             await self._fork(qemu_pid, layers)
+            forked = self.pid
             await self._greet(_ATTACH_SECONDS)
+            if self.pid != forked:
+                # One that a parent forked before it died was there first; the other found the ledger locked.
+                self._watch()
             for image, index in layers:
                 with suppress(RefusedError) if anew else nullcontext():
                     await self.link.call("add-layer", {"path": str(image), "index": str(index)})
@@ -80,10 +89,7 @@ class PagerHandle:
         :raise HvaError: there is none, or it does not answer.
         """
         await self._greet(CALL_SECONDS)
-        self._forget()
-        # It may just have died; then its link is lost too.
-        with suppress(ProcessLookupError):
-            self._pidfd = os.pidfd_open(self.pid)
+        self._watch()
 
     async def _greet(self, timeout: float) -> None:
         self.link = PagerLink(self._on_event)
@@ -118,6 +124,12 @@ class PagerHandle:
         await self.link.close()
         self._forget()
 
+    def _watch(self) -> None:
+        self._forget()
+        # It may just have died; then its link is lost too.
+        with suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(self.pid)
+
     def _forget(self) -> None:
         if self._pidfd >= 0:
             os.close(self._pidfd)
@@ -140,3 +152,34 @@ async def call(handle: PagerHandle, command: str, timeout: float = CALL_SECONDS)
     if not isinstance(answer, dict):
         raise PeerLost(f"pager {command}: nonsense")
     return answer
+
+
+def end_holder(qemu_pid: int) -> None:
+    """Kill the pager that has a QEMU's ledger locked, if one has; blocks until it has ended, some seconds at most.
+
+    For one that does not answer: nothing is lost, the next goes on where it stood.
+    """
+    with suppress(OSError, HvaError):
+        links = descriptors(qemu_pid)
+        number = next((number for number, link in links.items() if link == f"/memfd:{LEDGER_NAME} (deleted)"), None)
+        if number is None:
+            return
+        fd = os.open(f"/proc/{qemu_pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _end_pager(holder(fd), lambda: holder(fd))
+        finally:
+            os.close(fd)
+
+
+def _end_pager(pid: int, holder_now: Callable[[], int]) -> None:
+    if pid <= 0:
+        return
+    pidfd = os.pidfd_open(pid)
+    try:
+        # With the pidfd in hand: it is the one that holds the lock, and a pager, or it is left alone.
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        if name == PROCESS_NAME and holder_now() == pid:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _readable(pidfd, _ENDS_SECONDS)
+    finally:
+        os.close(pidfd)

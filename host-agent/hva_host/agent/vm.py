@@ -275,6 +275,8 @@ class Vm:
             raise PeerLost(f"VM {self.name} is HELD: {self._hold.reason}", "one is tried again and again") from error
         await self._what_is_held()
         await self._settled()
+        # Where the guest could not be told to go on when the pages came: now, or the operator hears why not.
+        await self._hold.connected(self.qmp)
         return sum(len(held.pages) for held in self._hold.pages)
 
     async def _try_held(self) -> None:

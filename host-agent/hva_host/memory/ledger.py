@@ -45,6 +45,9 @@ _COUNTERS_OFFSET = 512
 _HISTOGRAM_OFFSET = 1024
 _ENTRIES_OFFSET = (1 + LAYERS) * PAGE_SIZE
 
+#: Counters wrap: one that a compromised QEMU has set to the limit must not end its pager at every fault.
+_WORD = (1 << 64) - 1
+
 _KIND_SHIFT = 60
 _KINDS = 16
 _LAYER_SHIFT = 48
@@ -55,6 +58,9 @@ ZERO_ENTRY = Residence.ZERO << _KIND_SHIFT
 NO_ENTRY = 0
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+#: struct flock of 64-bit Linux.
+_FLOCK = struct.Struct("@hhqqi4x")
 
 _SLOT = struct.Struct("=QQQQQQQII")
 _VALID = 1
@@ -168,7 +174,7 @@ class Ledger:
 
     def count(self, counter: Counter, by: int = 1) -> None:
         """Add to a counter."""
-        self.counters[counter] += by
+        self.counters[counter] = self.counters[counter] + by & _WORD
 
     def store(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> None:
         """Write the entries of pages that have none; shapes ``(n,)``."""
@@ -237,6 +243,13 @@ class Ledger:
         self._map[offset : offset + 8] = _VALID.to_bytes(8, "little")
 
 
+def holder(fd: int) -> int:
+    """The process that holds the lock on the ledger in ``fd``, 0 if none does (fcntl(2), F_GETLK)."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    return 0 if kind == fcntl.F_UNLCK else int(pid)
+
+
 def recorded_ram(fd: int) -> int:
     """Inode number of the memfd that the ledger in ``fd`` is for, 0 if none is laid out."""
     header = os.pread(fd, _HEADER.size, 0).ljust(_HEADER.size, b"\0")
@@ -245,7 +258,11 @@ def recorded_ram(fd: int) -> int:
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Give the ledger all of its memory, and keep its size as it is from now on (memfd_create(2), file sealing)."""
+    """Give the ledger all of its memory, and keep its size as it is from now on (memfd_create(2), file sealing).
+
+    :raise HostError: the host has no memory for it.
+    :raise RefusedError: it is not a memfd that can be sealed.
+    """
     try:
         reach("ledger.allocate")
         os.posix_fallocate(fd, 0, size)
@@ -253,6 +270,8 @@ def _allocate(fd: int, size: int) -> None:
         raise HostError(
             f"the VM's ledger: {error.strerror} for {-(-size >> 20)} MiB of host memory", "free memory on the host"
         ) from error
-    # EPERM: sealed already, by an earlier pager.
+    # EPERM: sealed already, by an earlier pager; or not to be sealed, and then none that our shim made.
     with suppress(PermissionError):
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        raise RefusedError("the VM's ledger can be cut at any time", "start QEMU through hvaqemu, with its own shim")

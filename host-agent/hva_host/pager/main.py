@@ -15,6 +15,9 @@ from hva_host.memory.syscalls import lock_memory, name_process
 from hva_host.pager.loop import Pager
 from hvaqemu.errors import HvaError, PeerLost
 
+#: What tools show a pager as.
+PROCESS_NAME = "hva-pager"
+
 
 def serve(pid: int, listener: socket.socket, layers: Sequence[tuple[Path, Path]]) -> int:
     """Be the pager of a QEMU; exit status 0 once QEMU has ended, 1 if it could not be attached to.
@@ -23,11 +26,12 @@ def serve(pid: int, listener: socket.socket, layers: Sequence[tuple[Path, Path]]
     :param layers: image and index of each layer that pages may depend on.
     """
     try:
-        name_process("hva-pager")
+        name_process(PROCESS_NAME)
         pager = Pager(pid, listener, layers)
         _settle()
         pager.run()
-    except PeerLost:
+    except PeerLost as error:
+        sys.stderr.write(f"pager: {error}\n")
         return 0
     except (HvaError, ProcessLookupError) as error:
         sys.stderr.write(f"pager: {error}\n")

@@ -22,6 +22,9 @@ from hva_host.memory.preloaded import preloaded
 from hva_host.memory.syscalls import pidfd_getfd
 from hvaqemu.errors import HostError, PeerLost
 
+#: Never a layer. Closing a descriptor of the ledger would drop this process's lock on it (fcntl(2), record locks).
+_MEMFD = "/memfd:"
+
 
 class Sources:
     """Finds the layers of one VM.
@@ -72,6 +75,8 @@ class Sources:
         for number in numbers:
             # It may close descriptors meanwhile.
             with suppress(OSError):
+                if os.readlink(f"{folder}/{number}").startswith(_MEMFD):  # noqa: PTH115
+                    continue
                 status = os.stat(f"{folder}/{number}")  # noqa: PTH116
                 if stat.S_ISREG(status.st_mode) and _is(status, record):
                     file = FileIO(pidfd_getfd(self._pidfd, number))

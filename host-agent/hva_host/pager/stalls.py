@@ -9,6 +9,8 @@ _PER_OCTAVE = 8
 _SHORTEST = 1e-7
 _BUCKETS = 40 * _PER_OCTAVE
 _SUM, _LONGEST = 0, 1
+#: Wraps, as the ledger's counters do.
+_WORD = (1 << 64) - 1
 STALLS_BYTES = 8 * (2 + _BUCKETS)
 
 
@@ -41,7 +43,8 @@ class Stalls:
         if seconds > self._seconds[_LONGEST]:
             self._seconds[_LONGEST] = seconds
         bucket = int(math.log2(seconds / _SHORTEST) * _PER_OCTAVE) if seconds > _SHORTEST else 0
-        self._buckets[min(bucket, _BUCKETS - 1)] += 1
+        bucket = min(bucket, _BUCKETS - 1)
+        self._buckets[bucket] = self._buckets[bucket] + 1 & _WORD
 
     def quantile(self, share: float) -> float:
         """The wait, in seconds, that a ``share`` (0 to 1) of all waits did not exceed; 0.0 if there were none."""

@@ -230,6 +230,9 @@ async def test_a_ledger_that_names_itself_as_a_layer(machine: Machine) -> None:
         rewrite, path, struct.pack("=QQ", layer.st_dev, layer.st_ino), struct.pack("=QQ", status.st_dev, status.st_ino)
     )
     golden(machine).unlink()
+    machine.layers[0][1].unlink()
+    # Another parent, which has not loaded the index: what is tried as the layer is found wrong, and closed.
+    machine.parent.close()
     await machine.restarted(1)
     reading = asyncio.create_task(machine.read(ALTERED))
     assert await machine.held()

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import pytest_asyncio
 
-from hvaqemu.errors import HvaError, PeerLost
+from hvaqemu.errors import HvaError, LaunchError, PeerLost
 from hvaqemu.faultpoints import VARIABLE
 from hvaqemu.scenario_config import ALL_STATES
 from tests.vm.harness import until
@@ -70,7 +70,8 @@ class Points:
         """What a script prints, asked again when the host agent dies while it runs."""
         async with asyncio.timeout(120):
             while True:
-                with suppress(PeerLost):
+                # It died, or the one that was started in its place did.
+                with suppress(PeerLost, LaunchError):
                     async with self.host.client() as client:
                         done = await client.run(_NAME, ["sh", "-c", script], 100)
                     assert done.ok, done

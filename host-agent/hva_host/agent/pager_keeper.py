@@ -22,6 +22,7 @@ _QEMU_ENDS_SECONDS = 0.01
 #: How often a pager is asked for a sign of life, and how long it may take. Its longest step takes milliseconds.
 _ASK_SECONDS = 10.0
 _STUCK_SECONDS = 20.0
+_KILLED_SECONDS = 5.0
 
 
 class PagerWatcher(Protocol):
@@ -48,7 +49,7 @@ async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Seq
         return False
     except HvaError:
         # One that is there and does not answer would keep the ledger from the next.
-        await asyncio.to_thread(end_holder, process.pid)
+        await end_holder(process.pid)
         await pager.start(process.pid, layers, anew=True)
         return True
 
@@ -88,6 +89,8 @@ async def _lost(pager: PagerHandle) -> None:
             await pager.link.call("hello", timeout=_STUCK_SECONDS)
         except DeadlineExceeded:
             pager.kill()
-            await asyncio.wait({pager.link.lost}, timeout=_STUCK_SECONDS)
+            await asyncio.wait({pager.link.lost}, timeout=_KILLED_SECONDS)
+            # Lost either way: who has the ledger by now is found when another is started.
+            await pager.link.close()
         except HvaError:
             continue

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,7 +70,14 @@ class PagerParent:
         :raise HostError: the parent can not be started.
         """
         request = {"pid": qemu_pid, "layers": [[str(image), str(index)] for image, index in layers]}
-        return await self._in_thread(self._fork, json.dumps(request).encode(), [listener, log])
+        # The thread's own: a caller that is cancelled closes its descriptors, and their numbers come to mean others.
+        passed = [os.dup(listener), os.dup(log)]
+        forking = asyncio.ensure_future(self._in_thread(self._fork, json.dumps(request).encode(), passed))
+        try:
+            return await asyncio.shield(forking)
+        except asyncio.CancelledError:
+            forking.add_done_callback(_not_wanted)
+            raise
 
     def close(self) -> None:
         """End it; the pagers go on."""
@@ -118,6 +127,13 @@ class PagerParent:
             self._process = None
 
     def _fork(self, request: bytes, descriptors: list[int]) -> Forked:
+        try:
+            return self._ask(request, descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _ask(self, request: bytes, descriptors: list[int]) -> Forked:
         with self._lock:
             for attempt in (1, 2):
                 control = self._start()
@@ -134,6 +150,15 @@ class PagerParent:
                 if attempt == 2:
                     raise LaunchError(f"the parent of pagers does not answer: {why}")
         raise AssertionError("unreachable")
+
+
+def _not_wanted(forking: asyncio.Future[Forked]) -> None:
+    """Who asked for a pager was cancelled before it was there."""
+    if not forking.cancelled() and forking.exception() is None:
+        pidfd = forking.result().pidfd
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
 
 
 def _forked(answer: dict[str, Any], received: list[int]) -> Forked:

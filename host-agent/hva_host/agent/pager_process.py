@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -115,9 +114,9 @@ class PagerHandle:
         Never raises: nothing depends on a pager without QEMU.
         """
         await asyncio.wait({self.link.lost}, timeout=timeout)
-        if self._pidfd >= 0 and not await asyncio.to_thread(_readable, self._pidfd, timeout):
+        if self._pidfd >= 0 and not await _ended(self._pidfd, timeout):
             self.kill()
-            await asyncio.to_thread(_readable, self._pidfd, timeout)
+            await _ended(self._pidfd, timeout)
 
     async def close(self) -> None:
         """Let go of the pager; it goes on."""
@@ -136,11 +135,19 @@ class PagerHandle:
             self._pidfd = -1
 
 
-def _readable(fd: int, timeout: float) -> bool:
-    """Whether a descriptor becomes readable within ``timeout`` seconds; a pidfd does when its process has ended."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(timeout * 1000))
+async def _ended(pidfd: int, timeout: float) -> bool:
+    """Whether a process ends within ``timeout`` seconds. In no thread: others may all hang on a file."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        async with asyncio.timeout(timeout):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+    return True
 
 
 async def call(handle: PagerHandle, command: str, timeout: float = CALL_SECONDS) -> dict[str, Any]:
@@ -154,8 +161,8 @@ async def call(handle: PagerHandle, command: str, timeout: float = CALL_SECONDS)
     return answer
 
 
-def end_holder(qemu_pid: int) -> None:
-    """Kill the pager that has a QEMU's ledger locked, if one has; blocks until it has ended, some seconds at most.
+async def end_holder(qemu_pid: int) -> None:
+    """Kill the pager that has a QEMU's ledger locked, if one has; returns once it has ended, or after some seconds.
 
     For one that does not answer: nothing is lost, the next goes on where it stood.
     """
@@ -166,20 +173,19 @@ def end_holder(qemu_pid: int) -> None:
             return
         fd = os.open(f"/proc/{qemu_pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            _end_pager(holder(fd), lambda: holder(fd))
+            if (pid := holder(fd)) > 0:
+                await _end_pager(pid, fd)
         finally:
             os.close(fd)
 
 
-def _end_pager(pid: int, holder_now: Callable[[], int]) -> None:
-    if pid <= 0:
-        return
+async def _end_pager(pid: int, ledger: int) -> None:
     pidfd = os.pidfd_open(pid)
     try:
         # With the pidfd in hand: it is the one that holds the lock, and a pager, or it is left alone.
         name = Path(f"/proc/{pid}/comm").read_text().strip()
-        if name == PROCESS_NAME and holder_now() == pid:
+        if name == PROCESS_NAME and holder(ledger) == pid:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _readable(pidfd, _ENDS_SECONDS)
+            await _ended(pidfd, _ENDS_SECONDS)
     finally:
         os.close(pidfd)

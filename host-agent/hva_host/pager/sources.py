@@ -20,7 +20,8 @@ from hva_host.memory.layers import Layer, LayerBetrayed, open_image
 from hva_host.memory.ledger import LayerRecord
 from hva_host.memory.preloaded import preloaded
 from hva_host.memory.syscalls import pidfd_getfd
-from hvaqemu.errors import HostError, PeerLost
+from hva_host.pager.process_files import descriptors
+from hvaqemu.errors import HostError
 
 #: Never a layer. Closing a descriptor of the ledger would drop this process's lock on it (fcntl(2), record locks).
 _MEMFD = "/memfd:"
@@ -67,17 +68,12 @@ class Sources:
 
     def _of_qemu(self, record: LayerRecord) -> Iterator[FileIO]:
         """The recorded file as QEMU has it open, which it stays when it was renamed or unlinked."""
-        folder = f"/proc/{self._pid}/fd"
-        try:
-            numbers = sorted(int(name) for name in os.listdir(folder))  # noqa: PTH208 (names are numbers)
-        except OSError as error:
-            raise PeerLost(f"process {self._pid} is gone") from error
-        for number in numbers:
+        for number, link in sorted(descriptors(self._pid).items()):
+            if link.startswith(_MEMFD):
+                continue
             # It may close descriptors meanwhile.
             with suppress(OSError):
-                if os.readlink(f"{folder}/{number}").startswith(_MEMFD):  # noqa: PTH115
-                    continue
-                status = os.stat(f"{folder}/{number}")  # noqa: PTH116
+                status = Path(f"/proc/{self._pid}/fd/{number}").stat()
                 if stat.S_ISREG(status.st_mode) and _is(status, record):
                     file = FileIO(pidfd_getfd(self._pidfd, number))
                     if _is(os.fstat(file.fileno()), record):

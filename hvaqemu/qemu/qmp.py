@@ -117,6 +117,7 @@ class QmpLink:
         self._ballooned = asyncio.Event()
         #: Of the current connection; its result says why it was lost.
         self._lost: asyncio.Future[str] | None = None
+        self._up = asyncio.Event()
 
     @property
     def connected(self) -> bool:
@@ -144,7 +145,18 @@ class QmpLink:
             raise PeerLost(f"QMP connection: {self._path.parent}: {error.strerror}") from error
         self._client = client
         self._lost = asyncio.get_running_loop().create_future()
+        self._up.set()
         self._watcher = asyncio.create_task(_watch(client, self._lost))
+
+    async def wait_connected(self, timeout: float) -> None:
+        """Wait until somebody has connected this.
+
+        :raise PeerLost: QEMU ended.
+        :raise DeadlineExceeded: nobody could, in ``timeout`` seconds.
+        """
+        if not self.connected:
+            self._up.clear()
+            await self._process.race(self._up.wait(), timeout, "QMP connection")
 
     def _deliver(self, event: QmpEvent) -> None:
         if isinstance(event, BalloonChange):

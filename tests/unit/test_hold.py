@@ -27,6 +27,12 @@ class Monitor:
         self.stops = asyncio.Event()
         self.stops.set()
         self.connected = True
+        self.comes_back = False
+
+    async def wait_connected(self, timeout: float) -> None:
+        if not self.connected and not self.comes_back:
+            raise DeadlineExceeded("QMP connection")
+        self.connected = True
 
     async def status(self, timeout: float) -> RunStatus:
         await asyncio.sleep(0)
@@ -46,6 +52,7 @@ class Monitor:
         if not self.connected:
             raise PeerLost("QMP: not connected")
         self.said.append("cont")
+        await asyncio.sleep(0)
         self.running = True
 
 
@@ -126,6 +133,30 @@ async def test_without_qmp_it_is_done_once_there_is() -> None:
     held.monitor.connected = True
     await held.hold.connected(held.qmp)
     assert held.monitor.said[2:] == ["cont", "recorded False"]
+
+
+async def test_whoever_wants_to_know_waits_for_the_monitor() -> None:
+    held = Held(Monitor())
+    await held.begin()
+    held.monitor.connected = False
+    await held.end()
+    with pytest.raises(DeadlineExceeded):
+        await held.hold.released(held.qmp)
+    assert held.recorded == [True]
+    held.monitor.comes_back = True
+    await held.hold.released(held.qmp)
+    assert held.monitor.said[2:] == ["cont", "recorded False"]
+    held.monitor.comes_back = held.monitor.connected = False
+    # Nothing to undo, nothing to wait for.
+    await held.hold.released(held.qmp)
+
+
+async def test_a_pause_is_undone_once() -> None:
+    held = Held(Monitor(running=False), paused=True)
+    async with asyncio.TaskGroup() as both:
+        for _ in range(2):
+            both.create_task(held.hold.connected(held.qmp))
+    assert held.monitor.said == ["cont", "recorded False"]
 
 
 async def test_the_pause_of_a_host_agent_before_us_is_ours() -> None:

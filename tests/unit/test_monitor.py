@@ -156,7 +156,7 @@ def _monitor(discarded: int = 0, available: int = 1 << 30) -> tuple[Monitor, _Qe
     async def room() -> tuple[int, int]:
         return discarded, available
 
-    monitor = Monitor(lambda: cast(QmpLink, qemu), exclusive, refusals, cast(HazardWatch, looks), room)
+    monitor = Monitor(cast(QmpLink, qemu), exclusive, refusals, cast(HazardWatch, looks), room)
     return monitor, qemu, exclusive, looks, heard
 
 

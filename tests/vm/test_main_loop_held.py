@@ -224,7 +224,8 @@ async def test_a_vcpu_waits_and_the_host_agent_is_killed(stuck: Stuck) -> None:
     finally:
         await stuck.golden.repair(blocks)
         await stuck.repaired()
-    assert (await typed(stuck.host, "resume", _NAME)).returncode == 0
+    resumed = await typed(stuck.host, "resume", _NAME)
+    assert resumed.returncode == 0, resumed.stderr
     await until(lambda: not json.loads(record.read_text())["paused_for_hold"], 20, "a guest that goes on")
     await wait_connected(stuck)
     digest = await stuck.host.command("exec", _NAME, "--timeout", "200s", "--", "sh", "-c", TREE)
@@ -234,7 +235,8 @@ async def test_a_vcpu_waits_and_the_host_agent_is_killed(stuck: Stuck) -> None:
 @pytest.mark.parametrize("how", ["held", "held, adopted before", "stopped by a signal"])
 async def test_down_is_quick_whatever_qemu_does(stuck: Stuck, how: str) -> None:
     if how == "held, adopted before":
-        assert (await typed(stuck.host, "ls")).returncode == 0
+        # Whether the guest has touched the altered block by then is its own affair.
+        await typed(stuck.host, "ls")
         stuck.kill_agent()
     if how == "stopped by a signal":
         assert stuck.host.send(stuck.qemu, signal.SIGSTOP)

@@ -63,7 +63,6 @@ async def idle(guest: Guest, _point: Path) -> None:
 
 
 async def paused(guest: Guest, _point: Path) -> None:
-    assert guest.vm.qmp is not None
     await guest.vm.qmp.pause()
     await until(lambda: guest.vm.state is VmState.PAUSED, _SOON, "a pause")
     kill(guest)

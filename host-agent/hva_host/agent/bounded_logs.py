@@ -40,4 +40,5 @@ async def keep_bounded(*paths: Path) -> None:
             # Not there yet, or no room: it is looked at again.
             with suppress(OSError):
                 trim(path)
+        # Others write them, by descriptors of their own: there is nothing to wait on.
         await asyncio.sleep(_LOOK_SECONDS)

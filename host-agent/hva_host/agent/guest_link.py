@@ -243,6 +243,7 @@ class GuestLink:
                 self._channel = None
                 channel.abort()
                 self._session.connecting("QEMU closed the link to the guest agent")
+            # Nothing tells when QEMU, which serves one client at a time, would accept again.
             await asyncio.sleep(wait)
 
     async def _connect(self, channel: GuestChannel) -> None:

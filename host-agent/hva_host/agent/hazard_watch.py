@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
 
 from hva_host.agent import hazards
@@ -19,12 +18,9 @@ _TELLING = ("DEVICE_", "MIGRATION", "JOB_STATUS_CHANGE", "MEMORY_DEVICE_", "DUMP
 
 
 class HazardWatch:
-    """One VM's.
+    """One VM's."""
 
-    :param qmp: the link there is now.
-    """
-
-    def __init__(self, refusals: Refusals, qmp: Callable[[], QmpLink | None], process: QemuProcess) -> None:
+    def __init__(self, refusals: Refusals, qmp: QmpLink, process: QemuProcess) -> None:
         self._refusals = refusals
         self._qmp = qmp
         self._process = process
@@ -41,10 +37,9 @@ class HazardWatch:
 
         :raise HvaError: QEMU went, or did not answer; what was known stays.
         """
-        qmp = self._qmp()
-        if qmp is None or not qmp.connected:
+        if not self._qmp.connected:
             raise PeerLost("QMP: not connected")
-        self._refusals.set(Source.QEMU, await hazards.of_qemu(qmp, deep=deep))
+        self._refusals.set(Source.QEMU, await hazards.of_qemu(self._qmp, deep=deep))
         if deep:
             self._refusals.set(Source.PROCESS, await asyncio.to_thread(hazards.of_process, self._process.pid))
 

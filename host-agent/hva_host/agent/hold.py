@@ -34,6 +34,7 @@ class Hold:
         self._paused = paused
         self._record = record
         self._task: asyncio.Task[None] | None = None
+        self._undoing = asyncio.Lock()
 
     @property
     def active(self) -> bool:
@@ -54,7 +55,7 @@ class Hold:
             hint = f"put that right, then 'hvaqemu resume {name}', or end it by 'hvaqemu down {name}'"
             raise RefusedError(f"VM {name} is HELD: {self.reason}", hint)
 
-    def begin(self, pages: Sequence[HeldPages], qmp: QmpLink | None) -> None:
+    def begin(self, pages: Sequence[HeldPages], qmp: QmpLink) -> None:
         """These pages are held now; the guest is made to stop, unless it is stopped already. Returns at once."""
         self.pages = tuple(pages)
         self._see_stopped(qmp)
@@ -67,7 +68,7 @@ class Hold:
         """No page is held any more; :meth:`let_go` is to follow."""
         self.pages = ()
 
-    async def let_go(self, qmp: QmpLink | None) -> None:
+    async def let_go(self, qmp: QmpLink) -> None:
         """Let the guest go on, if it was this that stopped it.
 
         Where there is no QMP to say so, :meth:`connected` does it once there is.
@@ -76,17 +77,30 @@ class Hold:
         with suppress(HvaError):
             await self.connected(qmp)
 
-    async def connected(self, qmp: QmpLink | None) -> None:
+    async def released(self, qmp: QmpLink) -> None:
+        """As :meth:`let_go`, for somebody who wants to know that it was done: a main loop that waited for a page may
+        have cost us the monitor, which is connected again once the page is there.
+
+        :raise HvaError: QEMU went, or did not answer.
+        """
+        if self._paused:
+            await qmp.wait_connected(_QMP_SECONDS)
+            await self.connected(qmp)
+
+    async def connected(self, qmp: QmpLink) -> None:
         """QMP answers (again): see that a held guest stands still, or undo a pause of ours that is not needed any more.
 
         :raise HvaError: QEMU went, or did not answer.
         """
         if self.pages:
             self._see_stopped(qmp)
-        elif self._paused and qmp is not None:
-            await qmp.cont(_QMP_SECONDS)
-            self._paused = False
-            self._record(False)
+            return
+        # Once: a second ``cont`` could undo somebody else's pause that came after the first.
+        async with self._undoing:
+            if self._paused and not self.pages:
+                await qmp.cont(_QMP_SECONDS)
+                self._paused = False
+                self._record(False)
 
     async def cancel(self) -> None:
         """Wait for nothing any more."""
@@ -95,13 +109,13 @@ class Hold:
             task.cancel()
             await asyncio.wait({task})
 
-    def _see_stopped(self, qmp: QmpLink | None) -> None:
+    def _see_stopped(self, qmp: QmpLink) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._stop(qmp), name="stop for hold")
 
-    async def _stop(self, qmp: QmpLink | None) -> None:
+    async def _stop(self, qmp: QmpLink) -> None:
         with suppress(HvaError):
-            while qmp is not None and self.pages:
+            while self.pages:
                 try:
                     running = (await qmp.status(_QMP_SECONDS)).running
                 except DeadlineExceeded:

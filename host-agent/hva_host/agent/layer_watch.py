@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hva_host.agent.chores import Chores
 from hva_host.agent.leases import Breaks, Lease, LeaseState, writers
 from hva_host.memory.index import LayerIndex
 from hvaqemu.errors import HostError, HvaError, RefusedError
@@ -104,7 +105,7 @@ class LayerWatch:
         self, layers: Sequence[tuple[Path, LayerContent]], tell: Callable[[str, dict[str, Any]], None]
     ) -> None:
         self._layers = [_Watched(path, content, tell) for path, content in layers]
-        self._task: asyncio.Task[None] | None = None
+        self._chores = Chores("layers", lambda task, error: tell("TASK_FAILED", {"task": task, "error": repr(error)}))
         self._soon = asyncio.Event()
 
     @property
@@ -116,7 +117,7 @@ class LayerWatch:
         """Begin to watch. What is wrong already is told of and said by :attr:`reason`."""
         Breaks.join(self._broken)
         self.look()
-        self._task = asyncio.create_task(self._go_on(), name="layer watch")
+        self._chores.begin("watch", self._go_on())
 
     def look(self) -> None:
         """Look at all of them now; takes microseconds as long as nothing is wrong."""
@@ -126,10 +127,7 @@ class LayerWatch:
     async def close(self) -> None:
         """End the watch; leases are given up."""
         Breaks.leave(self._broken)
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
+        await self._chores.cancel()
         for layer in self._layers:
             await layer.close()
 

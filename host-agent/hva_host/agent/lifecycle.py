@@ -76,8 +76,7 @@ async def start_vm(
                 layers=layers,
                 contents=contents,
             )
-            vm = Vm(folder, record, process, pagers, listener)
-            vm.qmp = qmp
+            vm = Vm(folder, record, process, qmp, pagers, listener)
             undo.push_async_callback(vm.stop, _KILL)
             folder.store(record)
             reach("agent.up.recorded")
@@ -110,17 +109,16 @@ async def adopt_vm(folder: VmFolder, record: VmRecord, pagers: PagerParent, list
     :raise PeerLost: its QEMU is gone, or has never run the guest: what is left of a start that failed.
     """
     process = QemuProcess.adopt(record.qemu_pid, record.qemu_start_time, folder.path / QEMU_LOG)
-    vm = Vm(folder, record, process, pagers, listener)
     events = _Relay()
-    events.vm = vm
-    vm.qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)
+    qmp = QmpLink(process, folder.path / QMP_SOCKET, events.deliver)
+    vm = events.vm = Vm(folder, record, process, qmp, pagers, listener)
     reach("agent.adopt.found")
     began = time.monotonic()
     with suppress(HvaError, OSError):
         if await connect_or_start(vm.pager, process, record.layers):
             # It died while nobody looked: how long ago is not known, so this is the least it was.
             vm.pager_back(time.monotonic() - began)
-        await vm.learn_held()
+        await vm.holding.learn()
     # A QEMU whose main loop waits for a fault answers no QMP; the supervisor tries again.
     never_ran = False
     with suppress(HvaError):

@@ -53,14 +53,13 @@ _OPENS_GOLDEN = frozenset(("blockdev-add", "x-blockdev-set-iothread"))
 class Monitor:
     """One VM's.
 
-    :param qmp: the link there is now.
     :param exclusive: held during an epoch.
     :param room: bytes of guest RAM that are discarded, and bytes the host has left.
     """
 
     def __init__(
         self,
-        qmp: Callable[[], QmpLink | None],
+        qmp: QmpLink,
         exclusive: asyncio.Lock,
         refusals: Refusals,
         hazards: HazardWatch,
@@ -84,8 +83,7 @@ class Monitor:
         """
         if reason := refusal(command, arguments):
             raise RefusedError(f"QMP {command}: {reason}")
-        qmp = self._qmp()
-        if qmp is None or not qmp.connected:
+        if not self._qmp.connected:
             raise PeerLost("QMP: not connected")
         whole = uses_whole_ram(command, arguments)
         if whole:
@@ -95,7 +93,7 @@ class Monitor:
             if whole:
                 await self._no_epoch(command)
                 await self._refuse_without_room(command, arguments)
-            return await qmp.execute(command, arguments or None, timeout=timeout)
+            return await self._qmp.execute(command, arguments or None, timeout=timeout)
         finally:
             # Jobs and migrations it leaves behind are QEMU's to tell of; one that does not answer gets no epochs.
             with suppress(HvaError):

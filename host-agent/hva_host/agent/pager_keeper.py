@@ -74,6 +74,7 @@ async def keep_pager(
             # Whatever it is, never given up while QEMU lives: its vCPUs wait for a pager.
             if time.monotonic() - died > _FAILED_SECONDS:
                 watcher.pager_failed(error)
+            # What it lacked (memory, a lock, a file) comes without a sign.
             await asyncio.sleep(pause)
             pause = min(pause * 2, _RETRY_MAX_SECONDS)
             continue

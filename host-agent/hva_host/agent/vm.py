@@ -1,7 +1,7 @@
 """One running VM: its QEMU, pager and guest agent, and what can be asked of it.
 
-A VM is made by :mod:`hva_host.agent.lifecycle` and owned by the fleet. Its supervisor starts a new pager whenever the
-present one dies, reconnects QMP, and says through :attr:`Vm.failure` when the VM can not go on.
+A VM is made by :mod:`hva_host.agent.lifecycle` and owned by the fleet. What goes on beside requests: a new pager is
+started whenever the present one dies, QMP is connected again, and :attr:`Vm.failure` says when the VM can not go on.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hva_host.agent import accounts, hazards, measures
 from hva_host.agent.bounded_logs import keep_bounded
+from hva_host.agent.chores import Chores
 from hva_host.agent.condition import Condition, Listener
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hazard_watch import HazardWatch
 from hva_host.agent.hold import Hold
+from hva_host.agent.holding import Holding
 from hva_host.agent.layer_watch import LayerWatch
 from hva_host.agent.model import (
     EpochStats,
     ExecResult,
-    HeldPages,
     Measure,
     ReclaimResult,
     Sample,
@@ -37,11 +37,12 @@ from hva_host.agent.monitor import Monitor
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PAGER_LOG, PagerHandle, call
+from hva_host.agent.qmp_keeper import keep_qmp
 from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
 from hva_host.agent.refusals import Refusals, Source
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import HvaError, PeerLost, RefusedError
+from hvaqemu.errors import HvaError, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu import logs
 from hvaqemu.qemu.events import QmpEvent
@@ -51,10 +52,6 @@ from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.scenario_config import ReclaimState
 
 _RESTORE_SECONDS_PER_GIB = 60.0
-#: How long a resume waits for the disk, and how often it asks.
-_FETCH_SECONDS = 5.0
-_FETCH_POLL_SECONDS = 0.02
-_QMP_RETRY_SECONDS = 0.5
 #: A guest that is held can not shut down, and a main loop that waits for a page can not quit.
 _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
 
@@ -63,12 +60,18 @@ class Vm:
     """One VM under this host agent."""
 
     def __init__(
-        self, folder: VmFolder, record: VmRecord, process: QemuProcess, pagers: PagerParent, listener: Listener
+        self,
+        folder: VmFolder,
+        record: VmRecord,
+        process: QemuProcess,
+        qmp: QmpLink,
+        pagers: PagerParent,
+        listener: Listener,
     ) -> None:
         self.folder = folder
         self.record = record
         self.process = process
-        self.qmp: QmpLink | None = None
+        self.qmp = qmp
         self._listener = listener
         pages = record.config.memory >> PAGE_SHIFT
         #: Why nothing is discarded; whoever finds a reason puts it in here.
@@ -78,19 +81,17 @@ class Vm:
         self.reclaimer = Reclaimer(
             pages, self._who_answers, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch
         )
-        self._hazards = HazardWatch(self.refusals, lambda: self.qmp, process)
-        self._monitor = Monitor(
-            lambda: self.qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed
-        )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._hazards = HazardWatch(self.refusals, qmp, process)
+        self._monitor = Monitor(qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed)
+        #: What goes on until the VM is let go.
+        self._watches = Chores(self.name, self._on_bug)
         #: What goes on beside and ends by itself.
-        self._loose: set[asyncio.Task[None]] = set()
-        self._held_heard = 0
+        self._chores = Chores(self.name, self._on_bug)
         self._hold = Hold(record.paused_for_hold, self._record_pause)
         self._condition = Condition(self.name, self.console_log, self._hold, listener)
+        self.holding = Holding(self.name, self.pager, qmp, self._hold, self._condition, self._chores, listener)
         contents = zip(record.layers, record.contents, strict=True)
         self.layers = LayerWatch([(image, content) for (image, _), content in contents], self._on_layers)
-        self._ending = False
 
     @property
     def name(self) -> str:
@@ -121,15 +122,11 @@ class Vm:
         """Begin to watch QEMU, pager and monitor."""
         self.guest.start()
         self.layers.start()
-        self._tasks = [
-            asyncio.create_task(self._watch_qemu(), name=f"{self.name}: QEMU"),
-            asyncio.create_task(
-                keep_pager(self.pager, self.process, self.record.layers, self), name=f"{self.name}: pager"
-            ),
-            asyncio.create_task(self._watch_qmp(), name=f"{self.name}: QMP"),
-            asyncio.create_task(self._hazards.run(), name=f"{self.name}: hazards"),
-            asyncio.create_task(keep_bounded(*self._logs()), name=f"{self.name}: logs"),
-        ]
+        self._watches.begin("QEMU", self._watch_qemu())
+        self._watches.begin("pager", keep_pager(self.pager, self.process, self.record.layers, self))
+        self._watches.begin("QMP", keep_qmp(self.qmp, self.process, self.follow))
+        self._watches.begin("hazards", self._hazards.run())
+        self._watches.begin("logs", keep_bounded(*self._logs()))
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""
@@ -145,11 +142,10 @@ class Vm:
 
         :raise DeadlineExceeded: even SIGKILL did not end QEMU.
         """
-        self._ending = True
         await self.reclaimer.cancel()
         # One that somebody stopped by a signal could not hear us.
         self.process.send_signal(signal.SIGCONT)
-        qmp = self.qmp if self.qmp and self.qmp.connected else None
+        qmp = self.qmp if self.qmp.connected else None
         report = await self.process.stop(qmp, _KILL if self._hold.active else timeouts)
         await self.pager.wait_ended(10.0)
         await self._let_go()
@@ -157,7 +153,6 @@ class Vm:
 
     async def close(self) -> None:
         """Let go of the VM; it goes on."""
-        self._ending = True
         await self.reclaimer.cancel()
         await self._let_go()
 
@@ -190,7 +185,7 @@ class Vm:
         pager: dict[str, Any] = {}
         measure = None
         with contextlib.suppress(HvaError):
-            pager = await self._what_is_held()
+            pager = await self.holding.ask()
             measure = await self.measure()
         hello = self.guest.hello
         refused = self.refusals.text
@@ -265,27 +260,9 @@ class Vm:
     async def resume(self) -> int:
         """Try held pages again; how many are still held.
 
-        :raise HvaError: the pager went or was silent.
+        :raise HvaError: the pager went or was silent, or the guest could not be told to go on.
         """
-        try:
-            await self._try_held()
-        except PeerLost as error:
-            if not self._hold.active:
-                raise
-            raise PeerLost(f"VM {self.name} is HELD: {self._hold.reason}", "one is tried again and again") from error
-        await self._what_is_held()
-        await self._settled()
-        # Where the guest could not be told to go on when the pages came: now, or the operator hears why not.
-        await self._hold.connected(self.qmp)
-        return sum(len(held.pages) for held in self._hold.pages)
-
-    async def _try_held(self) -> None:
-        """Have the pager try held pages again, and give those that it must read from the disk first their time."""
-        answer = await call(self.pager, "resume")
-        until = time.monotonic() + _FETCH_SECONDS
-        while answer["held"] and answer["fetching"] and time.monotonic() < until:
-            await asyncio.sleep(_FETCH_POLL_SECONDS)
-            answer = await call(self.pager, "status")
+        return await self.holding.resume()
 
     async def execute(
         self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
@@ -308,8 +285,6 @@ class Vm:
         :raise HvaError: it did not get there in time, or QEMU refused.
         """
         self._condition.refuse_when_still()
-        if self.qmp is None:
-            raise PeerLost("QMP: not connected")
         return await self.qmp.balloon(size, timeout)
 
     async def monitor(self, command: str, arguments: Mapping[str, object], timeout: float) -> object:
@@ -352,77 +327,31 @@ class Vm:
         return await call(self.pager, "status")
 
     async def _let_go(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._settled()
+        await self._watches.cancel()
+        await self._chores.settled()
         await self._hold.cancel()
         await self.layers.close()
         await self.guest.close()
         await self.pager.close()
-        if self.qmp is not None:
-            await self.qmp.close()
+        await self.qmp.close()
         self.process.close()
 
     def _on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         if name == "held":
-            self._held_heard += 1
-            self._learn_held(data["held"])
+            self.holding.on_event(data)
         else:
             self.reclaimer.on_pager_event(name, data)
-
-    async def learn_held(self) -> None:
-        """Ask the pager what is held: it said so while nobody listened."""
-        with contextlib.suppress(HvaError):
-            await self._what_is_held()
-
-    async def _what_is_held(self) -> dict[str, Any]:
-        """The pager's status, and what it says of held pages learned.
-
-        :raise HvaError: it does not answer.
-        """
-        heard = self._held_heard
-        status = await self._pager_status()
-        # An event that came after the answer, and before we could go on, is newer.
-        if heard == self._held_heard:
-            self._learn_held(status["held"])
-        return status
-
-    def _learn_held(self, held: list[dict[str, Any]]) -> None:
-        """The pager says what is held now; the guest is stopped or goes on."""
-        pages = tuple(HeldPages(**entry) for entry in held)
-        if pages == self._hold.pages:
-            return
-        if pages:
-            self._hold.begin(pages, self.qmp)
-            self._listener("VM_HELD", {"name": self.name, "held": held})
-        else:
-            self._hold.end()
-            self._spawn(self._hold.let_go(self.qmp))
-            self._listener("VM_RELEASED", {"name": self.name})
-        self._condition.hold_changed()
 
     def _on_layers(self, event: str, data: dict[str, Any]) -> None:
         self._listener(event, {"name": self.name, **data})
         self.refusals.set(Source.LAYERS, self.layers.reason)
         if self.layers.reason:
             # Nothing of an epoch under way is to depend on it either.
-            self._spawn(self._abandon_epoch())
+            self._chores.begin("abandon the epoch", self._abandon_epoch())
 
     async def _abandon_epoch(self) -> None:
         with contextlib.suppress(HvaError):
             await call(self.pager, "abandon")
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._loose.add(task)
-        task.add_done_callback(self._loose.discard)
-
-    async def _settled(self) -> None:
-        """Wait for what was begun in the background."""
-        if self._loose:
-            await asyncio.wait(self._loose)
 
     def _record_pause(self, ours: bool) -> None:
         self._store(paused_for_hold=ours)
@@ -441,6 +370,9 @@ class Vm:
     def _on_guest(self, state: LinkState) -> None:
         self._listener("GUEST_AGENT", {"name": self.name, "state": state.value})
 
+    def _on_bug(self, task: str, error: BaseException) -> None:
+        self._listener("TASK_FAILED", {"name": self.name, "task": task, "error": repr(error)})
+
     async def _watch_qemu(self) -> None:
         self._condition.gone(await self.wait_gone())
 
@@ -451,30 +383,17 @@ class Vm:
 
     def pager_failed(self, error: Exception) -> None:
         self._listener("PAGER_FAILED", {"name": self.name, "error": str(error)})
-        self._hold.without_pager(str(error))
-        self._condition.hold_changed()
+        self.holding.pager_failed(error)
 
     def pager_back(self, seconds: float) -> None:
-        self._hold.without_pager("")
-        self._condition.hold_changed()
-        self._spawn(self.learn_held())
+        self.holding.pager_back()
         self._store(
             pager_restarts=self.record.pager_restarts + 1, pager_pause_s=max(seconds, self.record.pager_pause_s)
         )
         self._listener("PAGER_STARTED", {"name": self.name, "pid": self.pager.pid, "seconds": seconds})
 
-    async def _watch_qmp(self) -> None:
-        while self.process.alive and not self._ending and self.qmp is not None:
-            await self.qmp.lost()
-            while self.process.alive and not self._ending and not self.qmp.connected:
-                await asyncio.sleep(_QMP_RETRY_SECONDS)
-                with contextlib.suppress(HvaError):
-                    await self.qmp.connect()
-                    await self.follow()
-
     async def follow(self) -> None:
         """Catch up with what happened to the guest while nobody listened."""
-        assert self.qmp is not None
         self._condition.catch_up(await self.qmp.status())
         await self._hold.connected(self.qmp)
         await hazards.listen(self.qmp)

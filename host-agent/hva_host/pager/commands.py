@@ -28,6 +28,8 @@ from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import Residence
 
 _HELD_SHOWN = 64
+#: How long an answer to ``resume`` waits for the disk.
+_RESUME_SECONDS = 5.0
 
 
 class Commands:
@@ -49,13 +51,14 @@ class Commands:
         self._prover = Prover(ram)
         self._announced = -1
         self._driver: Client | None = None
+        #: Answers to ``resume`` that wait for the disk: to whom, to which message, and until when.
+        self._resuming: list[tuple[Client, Message, float]] = []
         self._commands: dict[str, Callable[[Message, bytes], dict[str, Any]]] = {
             "hello": self._hello,
             "add-layer": self._add_layer,
             "begin-epoch": self._begin_epoch,
             "confirm": self._confirm,
             "abandon": self._abandon,
-            "resume": self._resume,
             "status": self._status,
         }
 
@@ -70,6 +73,9 @@ class Commands:
         try:
             if command == "restore":
                 self._begin_restore(client, message)
+                return
+            if command == "resume":
+                self._begin_resume(client, message)
                 return
             if command not in self._commands:
                 raise RefusedError(f"the pager knows no command {command!r}")
@@ -90,6 +96,8 @@ class Commands:
 
     def announce(self) -> None:
         """Tell what has come about since the last call: an epoch that is protected, pages that are held."""
+        if self._resuming:
+            self._answer_resumed(time.monotonic())
         if self._work.epoch is not None:
             self._announce_protected(self._work.epoch)
         if self._refaults.newly_held:
@@ -158,7 +166,20 @@ class Commands:
 
         self._work.begin(restore(self._ram, self._refaults, self._fetcher), done)
 
-    def _resume(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
+    def wanted_at(self) -> float | None:
+        """When :meth:`announce` is to be called next (monotonic seconds), None while there is nothing to do."""
+        return min((until for _, _, until in self._resuming), default=None)
+
+    def _answer_resumed(self, now: float) -> None:
+        waiting, self._resuming = self._resuming, []
+        for client, message, until in waiting:
+            if self._refaults.trying and now < until:
+                self._resuming.append((client, message, until))
+            else:
+                self._server.reply(client, {"id": message.get("id"), "return": {"held": len(self._refaults.held)}})
+
+    def _begin_resume(self, client: Client, message: Message) -> None:
+        """Try what is held again; :meth:`announce` answers once the disk has brought what that needs."""
         for slot, record in self._ram.ledger.layers().items():
             if slot in self._ram.broken:
                 with suppress(HvaError):
@@ -171,7 +192,7 @@ class Commands:
                 if left and not os.path.sameopenfile(file.fileno(), layer.fd):
                     layer.switch(file)
                     left = self._refaults.resume()
-        return {"held": left, "fetching": self._fetcher.under_way}
+        self._resuming.append((client, message, time.monotonic() + _RESUME_SECONDS))
 
     def _status(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
         totals = self._ram.ledger.totals()
@@ -192,7 +213,6 @@ class Commands:
             "stalls": self._refaults.stalls.as_dict(),
             "phase": epoch.phase if epoch else Phase.DONE,
             "held": self._held(),
-            "fetching": self._fetcher.under_way,
         }
 
     def _held(self) -> list[dict[str, Any]]:

@@ -49,6 +49,10 @@ class Fetcher:
             self._thread.start()
         self._wanted.put((layer, block, run, entry))
 
+    def fetches(self, pfn: int) -> bool:
+        """Is a run that begins with this page being fetched?"""
+        return pfn in self._under_way
+
     @property
     def under_way(self) -> int:
         """How many runs are being fetched."""

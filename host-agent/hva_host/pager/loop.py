@@ -78,7 +78,7 @@ class Pager:
     def _timeout(self, now: float, retry_at: float | None) -> float:
         if self._reading_ahead:
             return 0.0
-        times = (self._work.wanted_at(), retry_at, now + _IDLE_SECONDS)
+        times = (self._work.wanted_at(), self._commands.wanted_at(), retry_at, now + _IDLE_SECONDS)
         return max(0.0, min(when for when in times if when is not None) - now)
 
     def _answer_faults(self, ready_at: float) -> None:

@@ -12,7 +12,7 @@ bounds what the other sends.
 | ``confirm`` | epoch (hex), round | a bit a page, first page in the highest bit | accepted |
 | ``abandon`` | | | |
 | ``restore`` | | | once every page with an entry is resident: pages |
-| ``resume`` | | | held, fetching: runs that are read from the disk first |
+| ``resume`` | | | held: pages; answered once the disk has brought what it takes to try, or after some seconds |
 | ``status`` | | | what the pager knows |
 
 Events: ``protected`` (epoch, number, wants) once the pages are protected; ``epoch-done`` with what the epoch did;

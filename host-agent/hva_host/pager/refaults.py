@@ -150,6 +150,11 @@ class Refaults:
             self.fill(pfn, 1)
         return len(self.held)
 
+    @property
+    def trying(self) -> bool:
+        """Is the disk being asked for a held page?"""
+        return any(self._fetcher.fetches(pfn) for pfn in self.held)
+
     def retry(self, now: float) -> float | None:
         """Try again what the host had no memory for; answers when to call next (monotonic seconds), if at all.
 

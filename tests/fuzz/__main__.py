@@ -1,8 +1,8 @@
 """``python -m tests.fuzz [--minutes N] [TARGET…]``: fuzz with atheris (the extra ``fuzz``), each target for its share.
 
-Begins with ``tests/fuzz/corpus/TARGET``; what it finds new grows in ``build/fuzz/TARGET``, and what breaks something is
-kept beside that as ``TARGET-crash-…``. ``--keep`` then leaves in the repository's corpus the fewest inputs that reach
-as much.
+Begins with ``tests/fuzz/corpus/TARGET.zip``; what it finds new grows in ``build/fuzz/TARGET``, and what breaks
+something is kept beside that as ``TARGET-crash-…``. ``--keep`` then leaves in the repository's corpus the fewest inputs
+that reach as much.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-_HERE = Path(__file__).parent
+from tests.fuzz import inputs
+
 _NAMES = ("host_messages", "guest_session", "guest_agent")
 _GROWING = Path("build/fuzz")
 #: How a child is told from its parent.
@@ -40,18 +41,17 @@ def main() -> int:
 
 def _run(target: str, seconds: int, keep: bool) -> int:
     """Fuzz one target in a process of its own; libFuzzer ends the process it is in."""
-    growing, corpus = _GROWING / target, _HERE / "corpus" / target
-    for folder in (growing, corpus):
+    growing, corpus, fewest = (_GROWING / f"{target}{suffix}" for suffix in ("", "-corpus", "-fewest"))
+    for folder in (corpus, fewest):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (growing, corpus, fewest):
         folder.mkdir(parents=True, exist_ok=True)
+    inputs.unpack(target, corpus)
     status = _child(target, f"-max_total_time={seconds}", str(growing), str(corpus))
     if keep and not status:
-        fewest = _GROWING / f"{target}-fewest"
-        shutil.rmtree(fewest, ignore_errors=True)
-        fewest.mkdir()
         status = _child(target, "-merge=1", str(fewest), str(growing), str(corpus))
         if not status:
-            shutil.rmtree(corpus)
-            shutil.move(fewest, corpus)
+            inputs.pack(inputs.archive(target), [path.read_bytes() for path in fewest.iterdir()])
     return status
 
 

@@ -57,7 +57,7 @@ async def costs() -> list[tuple[int, int]]:
             child = undo.enter_context(_vcpu())
             undo.callback(child.kill)
             (folder / str(number)).mkdir()
-            driver = EpochDriver(PAGES)
+            driver = EpochDriver(PAGES, 60.0)
             pager = PagerHandle(folder / str(number), parent, driver.on_pager_event)
             await asyncio.to_thread(_fill, child, content)
             await pager.start(child.pid, [layer])

@@ -25,6 +25,8 @@ from hvaqemu.image_config import DEFAULT_IMAGE, ImageConfig
 from hvaqemu.qemu import user_args
 from hvaqemu.qemu.profile import PROFILES, MachineProfile
 
+PROTECTION_LEAST = 0.05
+
 
 class Accelerator(StrEnum):
     """How QEMU runs the guest's processors."""
@@ -47,6 +49,12 @@ class ExtraDisk(Config):
 
     path: HostPath
     read_only: Flag = False
+
+
+def _long_enough(seconds: float) -> float:
+    if seconds < PROTECTION_LEAST:
+        raise ValueError(f"must be at least {PROTECTION_LEAST * 1000:g}ms: two scans of the guest must fit")
+    return seconds
 
 
 def _without_line_ends(value: str) -> str:
@@ -81,6 +89,8 @@ class VmConfig(Config):
     allow_exec: Flag = False
     #: Seconds from the start of QEMU until the guest agent must be connected.
     boot_timeout: Seconds = 60.0
+    #: Seconds a page may stay write-protected in an epoch. RAM is gone through in slices that fit.
+    protection_limit: Annotated[Seconds, AfterValidator(_long_enough)] = 5.0
 
     @property
     def profile(self) -> MachineProfile:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Union
 
 from hvaqemu.errors import ProtocolError
 from hvaqemu.framing import Frame, encode_frame
-from hvaqemu.wire import U8, U16, U32, U64, Bytes, List, Pair, Sixteen, Text
+from hvaqemu.wire import U8, U16, U32, U64, Bytes, Later, List, Pair, Sixteen, Text
 
 PORT_NAME = "org.hvaqemu.agent.0"
 
@@ -204,6 +204,9 @@ class Confirm(NamedTuple):
     request: int
     epoch: bytes
     round: int
+    #: The pages asked for: ``pages`` of them from pfn ``start`` on; 0 means all there are.
+    start: int = 0
+    pages: int = 0
 
 
 class ConfirmPiece(NamedTuple):
@@ -299,7 +302,7 @@ _LAYOUT: dict[Any, tuple[MessageType, tuple[Any, ...]]] = {
     Scan: (MessageType.SCAN, (U64,)),
     ScanPiece: (MessageType.SCAN_PIECE, (U64, U32, U64, U32, _MAP)),
     ScanEnd: (MessageType.SCAN_END, (U64, U32, U64, U64, U64, U64, U64, U64, U64, U64)),
-    Confirm: (MessageType.CONFIRM, (U64, _ID, U8)),
+    Confirm: (MessageType.CONFIRM, (U64, _ID, U8, Later(U64, 0), Later(U64, 0))),
     ConfirmPiece: (MessageType.CONFIRM_PIECE, (U64, _ID, U8, U32, U64, U32, _MAP)),
     ConfirmEnd: (MessageType.CONFIRM_END, (U64, _ID, U8, U32, U64)),
     Stats: (MessageType.STATS, (U64,)),

@@ -34,6 +34,20 @@ class Number:
 U8, U16, U32, U64 = Number("B"), Number("H"), Number("I"), Number("Q")
 
 
+class Later:
+    """A number that a later version put behind the others; where an earlier one does not send it, ``missing``."""
+
+    def __init__(self, number: Number, missing: int) -> None:
+        self._number = number
+        self._missing = missing
+
+    def pack(self, value: int) -> bytes:
+        return self._number.pack(value)
+
+    def unpack(self, data: bytes, offset: int) -> tuple[int, int]:
+        return (self._missing, offset) if offset == len(data) else self._number.unpack(data, offset)
+
+
 class Bytes:
     """A length (u32) and as many bytes, at most ``bound``."""
 

@@ -91,6 +91,11 @@ def normalised(bounds: Iterable[tuple[int, int]]) -> Ranges:
     return tuple((start, stop - start) for start, stop in merged[:RANGES_MAX])
 
 
+def part_of(ranges: Ranges, start: int, stop: int) -> Ranges:
+    """What of ``ranges`` lies in pfns [``start``, ``stop``)."""
+    return normalised((max(first, start), min(first + pages, stop)) for first, pages in ranges)
+
+
 def memory_ranges(iomem: str = "/proc/iomem") -> Ranges:
     """The guest's RAM by the best source that answers; () where none does."""
     return (

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from hva_guest.classify import classify, count_states, free_bitmap
-from hva_guest.memory import Ranges, read_memory
+from hva_guest.memory import Ranges, part_of, read_memory
 from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PageState
 from hvaqemu.protocol import Confirm, ConfirmEnd, ConfirmPiece, Message, Scan, ScanEnd, ScanPiece, pack_map
@@ -87,10 +87,12 @@ def scan_answer(request: Scan, flags: PageFlags, ranges: Ranges, swapcache: bool
 
 
 def confirm_answer(request: Confirm, flags: PageFlags, ranges: Ranges) -> Iterator[Message]:
-    """The same for a confirm: a scan of its own, begun now.
+    """The same for a confirm: a scan of its own, begun now, of the pages asked for.
 
     :raise OSError: see :meth:`PageFlags.pieces`.
     """
+    if request.pages:
+        ranges = part_of(ranges, request.start, request.start + request.pages)
     key = (request.request, request.epoch, request.round)
     number, begun, busy = 0, time.monotonic(), 0.0
     for start, classes in flags.pieces(ranges, False):

@@ -18,9 +18,12 @@ from hva_host.agent.guest_session import GuestSession, LinkState
 from hvaqemu import protocol
 from hvaqemu.errors import HvaError, ProtocolError, RefusedError
 from hvaqemu.framing import HEADER_SIZE, PAYLOAD_MAX, Frame, FrameDecoder
+from hvaqemu.pages import Run
 from hvaqemu.protocol import Message, decode
 
 PAGES = 96
+#: What confirms ask for.
+PART = Run(32, 48)
 OUTPUT_LIMIT = 300
 _LAST = {
     "scan": protocol.ScanEnd,
@@ -49,7 +52,7 @@ class Asked:
         if self.kind == "scan":
             return ScanExchange(PAGES)
         if self.kind == "confirm":
-            return ConfirmExchange(PAGES, self.epoch, self.round)
+            return ConfirmExchange(PAGES, self.epoch, self.round, PART)
         if self.kind == "stats":
             return StatsExchange()
         return PingExchange() if self.kind == "ping" else ExecExchange("x", OUTPUT_LIMIT)
@@ -159,7 +162,7 @@ class Driver:
         if asked.kind == "scan":
             assert sum(result.totals.values()) == PAGES == len(result.classes)
         elif asked.kind == "confirm":
-            assert result.shape == (PAGES,)
+            assert result.shape == (PART.pages,)
         elif asked.kind == "exec":
             assert len(result.stdout) + len(result.stderr) <= OUTPUT_LIMIT
 

@@ -27,6 +27,7 @@ from hva_host.pager.epoch import Member
 from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.faultpoints import VARIABLE
+from hvaqemu.pages import Run
 from hvaqemu.qemu.process import QemuProcess
 from tests.kernel.harness import PAGE, block
 
@@ -59,7 +60,7 @@ class Machine:
         self.child.stdout.readline()
         self.expected: dict[int, set[int]] = {}
         self._lock = asyncio.Lock()
-        self.driver = EpochDriver(PAGES)
+        self.driver = EpochDriver(PAGES, 5.0)
         self.parent = PagerParent()
         self.pager = PagerHandle(folder, self.parent, self._on_event)
         self.process: QemuProcess | None = None
@@ -215,7 +216,7 @@ class _Guest:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
-    async def confirm(self, _epoch: bytes, number: int, _timeout: float) -> NDArray[np.bool_]:
+    async def confirm(self, _epoch: bytes, number: int, part: Run, _timeout: float) -> NDArray[np.bool_]:
         machine = self._machine
         if number == 1:
             # In use again, and written: whatever the guest said of it before, it must not be discarded.
@@ -223,4 +224,4 @@ class _Guest:
             await machine.write(PRECIOUS.start, "precious")
         free = np.zeros(PAGES, dtype=np.bool_)
         free[FREE.start : FREE.stop] = True
-        return free
+        return free[part.start : part.stop]

@@ -22,6 +22,7 @@ from hva_host.pager.fetch import Fetcher
 from hva_host.pager.prove import Prover
 from hva_host.pager.refaults import Refaults
 from hva_host.pager.sources import Sources
+from hvaqemu.pages import Run
 
 PAGE = 4096
 PAGES = 64
@@ -109,17 +110,18 @@ class Guest:
         """Put a page into RAM through the memfd, as a guest that has it."""
         os.pwrite(self.ram.backing.fd, data, pfn * PAGE)
 
-    def begin(self, members: dict[int, Member], seconds: float = 5.0) -> Epoch:
-        """An epoch over some pages; a test iterates its steps."""
-        wanted = np.zeros(self.ram.pages, dtype=np.uint8)
+    def begin(self, members: dict[int, Member], seconds: float = 5.0, part: Run | None = None) -> Epoch:
+        """An epoch over some pages, all of them in ``part`` if that is given; a test iterates its steps."""
+        part = part or Run(0, self.ram.pages)
+        wanted = np.zeros(part.pages, dtype=np.uint8)
         for pfn, member in members.items():
-            wanted[pfn] = member
-        self.epoch = Epoch(self.ram, self.prover, wanted, time.monotonic() + seconds)
+            wanted[pfn - part.start] = member
+        self.epoch = Epoch(self.ram, self.prover, wanted, seconds, part.start)
         return self.epoch
 
     def confirm_all(self, epoch: Epoch) -> None:
         """Both scans find every page free."""
-        free = np.ones(self.ram.pages, dtype=np.bool_)
+        free = np.ones(epoch.pages, dtype=np.bool_)
         assert epoch.confirm(epoch.identifier, 1, free)
         assert epoch.confirm(epoch.identifier, 2, free)
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hva_host.pager import epoch as epoch_module
 from hva_host.pager.epoch import Epoch, Member, Phase, Step
 from hvaqemu.pages import Residence, Run
 from tests.kernel.harness import PAGES, ZERO, Guest, block, crc, make_layer
@@ -142,6 +143,45 @@ def test_sifting_proposes_zeros_and_protects_nothing_else(guest: Guest, tmp_path
     guest.run(epoch)
     assert epoch.counts["candidates"] == 1
     assert kinds(guest)[1:4] == [Residence.RESIDENT, Residence.ZERO, Residence.RESIDENT]
+
+
+def test_an_epoch_over_a_part_leaves_the_others_alone(guest: Guest, tmp_path: Path) -> None:
+    guest.ram.add_layer(make_layer(tmp_path, [block(number) for number in range(PAGES)]))
+    for pfn in range(PAGES):
+        guest.fill(pfn, block(pfn))
+    part = Run(PAGES // 4, PAGES // 2)
+    members = {pfn: Member.COPY if pfn % 2 else Member.UNUSED for pfn in range(part.start, part.stop)}
+    epoch = guest.begin(members, part=part)
+    touched = part.start + 2
+    for _ in epoch.steps():
+        if epoch.identifier and not epoch._confirmed:
+            # Before, behind and inside.
+            for pfn in (0, part.start - 1, part.stop, PAGES - 1, touched):
+                epoch.leave(pfn, pfn + 1)
+            assert not epoch.confirm(epoch.identifier, 1, np.ones(PAGES, dtype=np.bool_)), "an answer for all"
+            guest.confirm_all(epoch)
+    found = kinds(guest)
+    for pfn in range(PAGES):
+        inside = part.start <= pfn < part.stop and pfn != touched
+        assert found[pfn] == ((Residence.LAYER if pfn % 2 else Residence.ZERO) if inside else Residence.RESIDENT)
+    assert epoch.counts["touched"] == 1
+    for pfn in range(1, PAGES, 2):
+        assert guest.checksum(pfn) == crc(block(pfn))
+    for first, pages in ((-1, 1), (PAGES, 1), (PAGES - 1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="classes of pages"):
+            Epoch(guest.ram, guest.prover, np.zeros(pages, dtype=np.uint8), 1.0, first)
+
+
+def test_what_the_deadline_leaves_unprotected_is_left_alone(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every protection takes longer than the epoch may; each other page is a run of its own."""
+    monkeypatch.setattr(epoch_module, "_SLICE_SECONDS", -1.0)
+    for pfn in range(PAGES):
+        guest.fill(pfn, ZERO)
+    epoch = guest.begin(dict.fromkeys(range(0, PAGES, 2), Member.COPY), seconds=-1.0)
+    guest.run(epoch)
+    assert "before all pages were protected" in epoch.note
+    assert kinds(guest) == [Residence.ZERO] + [Residence.RESIDENT] * (PAGES - 1)
+    assert epoch.counts["candidates"] == 1
 
 
 def test_protection_ends_with_the_epoch(guest: Guest) -> None:

@@ -42,7 +42,7 @@ class Vcpu:
         )
         assert self.child.stdout is not None
         self.child.stdout.readline()
-        self.driver = EpochDriver(PAGES)
+        self.driver = EpochDriver(PAGES, 10.0)
         self.held: list[dict[str, Any]] = []
         self.told_of_hold = asyncio.Event()
         self.parent = PagerParent()
@@ -164,7 +164,7 @@ async def test_two_epochs_at_once_are_refused_and_an_abandoned_one_ends(vcpu: Vc
     first = asyncio.create_task(vcpu.driver.transact(vcpu.pager.link, wanted, 30.0))
     await asyncio.sleep(0.2)
     with pytest.raises(RefusedError, match="still at an epoch"):
-        await vcpu.pager.link.call("begin-epoch", {"seconds": 1}, wanted.tobytes())
+        await vcpu.pager.link.call("begin-epoch", {"seconds": 1, "first": 0}, wanted.tobytes())
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
@@ -176,7 +176,7 @@ async def test_two_epochs_at_once_are_refused_and_an_abandoned_one_ends(vcpu: Vc
 async def test_an_epoch_whose_host_agent_is_gone_ends(vcpu: Vcpu) -> None:
     """Nobody confirms it any more: the next host agent needs not wait for its deadline, nor a guest that writes."""
     wanted = np.full(PAGES, Member.UNUSED, dtype=np.uint8)
-    await vcpu.pager.link.call("begin-epoch", {"seconds": 300}, wanted.tobytes())
+    await vcpu.pager.link.call("begin-epoch", {"seconds": 300, "first": 0}, wanted.tobytes())
     await vcpu.pager.link.close()
     await vcpu.pager.adopt()
     for _ in range(500):
@@ -190,7 +190,11 @@ async def test_nonsense_from_the_other_end_changes_nothing(vcpu: Vcpu) -> None:
     with pytest.raises(RefusedError, match="knows no command"):
         await vcpu.pager.link.call("format-disk")
     with pytest.raises(RefusedError):
-        await vcpu.pager.link.call("begin-epoch", {"seconds": 1}, b"short")
+        await vcpu.pager.link.call("begin-epoch", {"seconds": 1, "first": 0}, bytes(PAGES + 1))
+    with pytest.raises(RefusedError):
+        await vcpu.pager.link.call("begin-epoch", {"seconds": 1, "first": PAGES - 1}, bytes(2))
+    with pytest.raises(RefusedError):
+        await vcpu.pager.link.call("begin-epoch", {"seconds": 1, "first": -1}, bytes(2))
     answer = await vcpu.pager.link.call("confirm", {"epoch": "00" * 16, "round": 1}, bytes(PAGES // 8))
     assert answer == {"accepted": False}
     reader, writer = await asyncio.open_unix_connection(str(vcpu.folder / "pager.sock"))

@@ -23,7 +23,7 @@ from hva_host.agent.event_log import EventLog
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hvaqemu.errors import HvaError
-from hvaqemu.pages import PageState
+from hvaqemu.pages import PageState, Run
 from tests.liars.guest import PAGES
 
 _PING_SECONDS = 0.01
@@ -54,7 +54,11 @@ class Host:
         """As the epochs of its VM would, without end."""
         epoch = os.urandom(16)
         while True:
-            for question in (lambda: link.scan(1.0), lambda: link.confirm(epoch, 1, 1.0), lambda: link.stats(1.0)):
+            for question in (
+                lambda: link.scan(1.0),
+                lambda: link.confirm(epoch, 1, Run(0, PAGES), 1.0),
+                lambda: link.stats(1.0),
+            ):
                 with suppress(HvaError):
                     await question()
                 await asyncio.sleep(0.05)

@@ -57,6 +57,7 @@ def epoch(number: int, discarded: int) -> EpochStats:
         discarded_layer=discarded,
         resident_before=10_000,
         seconds=PhaseSeconds(total=0.25),
+        protected_s=0.2,
     )
 
 

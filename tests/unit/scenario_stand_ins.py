@@ -57,6 +57,7 @@ def an_epoch(number: int = 1, discarded: int = 100) -> EpochStats:
         discarded_layer=discarded - discarded // 2,
         resident_before=1000,
         seconds=PhaseSeconds(total=0.1),
+        protected_s=0.08,
     )
 
 

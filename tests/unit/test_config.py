@@ -57,6 +57,7 @@ vms = st.builds(
     qemu_args=st.lists(st.sampled_from(["-usb", "-no-reboot", "--snapshot"]), max_size=3).map(tuple),
     allow_exec=st.booleans(),
     boot_timeout=st.floats(1e-6, 1e6),
+    protection_limit=st.floats(0.05, 1e3),
 )
 
 
@@ -135,6 +136,7 @@ def test_image_by_path_is_relative_to_the_file(tmp_path: Path) -> None:
         (VM + "cpus: '2'\n", "vm.yaml:3: key cpus: input should be a valid integer, not '2'"),
         (VM + "allow_exec: 1\n", "vm.yaml:3: key allow_exec: input should be a valid boolean, not 1"),
         (VM + "boot_timeout: 0\n", "vm.yaml:3: key boot_timeout: input should be greater than 0, not 0"),
+        (VM + "protection_limit: 1ms\n", "vm.yaml:3: key protection_limit: must be at least 50ms: two scans"),
         (VM + "boot_timeout: soon\n", "vm.yaml:3: key boot_timeout: 'soon' is not a duration"),
         (VM + "image: 5\n", "vm.yaml:3: key image: must be the name of an image"),
         (VM + "image: {name: x, pkgs: []}\n", "vm.yaml:3: key image.pkgs: is not a known key"),

@@ -26,7 +26,7 @@ from hva_host.agent.guest_session import LinkState
 from hvaqemu import protocol
 from hvaqemu.errors import ConfigError, DeadlineExceeded, GuestError, PeerLost, ProtocolError, RefusedError
 from hvaqemu.framing import Frame, FrameDecoder, encode_frame
-from hvaqemu.pages import PageAttribute, PageState
+from hvaqemu.pages import PageAttribute, PageState, Run
 from hvaqemu.protocol import Message, decode, encode, pack_map
 
 ROOT = Path(__file__).parents[2]
@@ -149,9 +149,13 @@ async def test_scans_and_confirms_say_what_the_kernel_says(serial: Serial, link:
 
     for round in (1, 2):
         expected = serial.set_words(random.Random(round))
-        free = await link.confirm(EPOCH, round, 10)
+        free = await link.confirm(EPOCH, round, Run(0, PAGES), 10)
         assert free.dtype == np.bool_
         assert (free == (expected == PageState.UNUSED)).all(), "each round scans anew"
+    for part in (Run(0, 1), Run(30_000, 5_000), Run(PAGES - 3, 3)):
+        free = await link.confirm(EPOCH, 1, part, 10)
+        assert free.shape == (part.pages,)
+        assert (free == (expected == PageState.UNUSED)[part.start : part.stop]).all()
 
     stats = await link.stats(10)
     assert stats.memory_total_bytes == report.memory_total_bytes and stats.uptime_seconds > 0
@@ -294,7 +298,7 @@ async def test_a_silent_agent_costs_a_deadline(serial: Serial, link: GuestLink) 
     agent.send_signal(signal.SIGSTOP)
     begun = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"did not answer within 0\.3 s"):
-        await link.confirm(EPOCH, 1, 0.3)
+        await link.confirm(EPOCH, 1, Run(0, PAGES), 0.3)
     with pytest.raises(DeadlineExceeded):
         await link.scan(0.2)
     assert time.monotonic() - begun < 3
@@ -463,8 +467,8 @@ async def test_late_repeated_and_foreign_confirms_count_for_nothing(tmp_path: Pa
 
     async with Liar(tmp_path / "s", answer), GuestLink(tmp_path / "s", pages=PAGES) as link:
         await link.wait_connected(5)
-        assert not (await link.confirm(EPOCH, 1, 5)).any()
-        assert not (await link.confirm(EPOCH, 2, 5)).any()
+        assert not (await link.confirm(EPOCH, 1, Run(0, PAGES), 5)).any()
+        assert not (await link.confirm(EPOCH, 2, Run(0, PAGES), 5)).any()
         assert link.counters.unsolicited >= 9
 
 

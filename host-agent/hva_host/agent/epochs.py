@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,25 +20,37 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.members import members
 from hva_host.agent.model import EpochStats, PhaseSeconds
 from hva_host.agent.pager_link import PagerLink
+from hva_host.agent.slices import Slices
 from hva_host.pager.epoch import CONFIRM_ROUNDS
 from hvaqemu.errors import HvaError, PeerLost
 from hvaqemu.faultpoints import reach
+from hvaqemu.pages import Run
 from hvaqemu.qemu.race import race
 from hvaqemu.scenario_config import ReclaimState
 
 _SCAN_SECONDS = 5.0
-_EPOCH_SECONDS = 3.0
-#: More for every million pages: two scans of the guest and the comparison of all its page cache.
-_EPOCH_SECONDS_PER_MILLION = 15.0
+#: More for every million pages.
+_SCAN_SECONDS_PER_MILLION = 15.0
 _GRACE_SECONDS = 10.0
 _ABANDON_SECONDS = 2.0
+#: Of a slice that is tried again, what is counted then.
+_LEFT = {"unmatched": 0, "unconfirmed": 0, "note": ""}
+_COUNTS = (
+    *("candidates", "proven", "touched", "unmatched", "unconfirmed"),
+    *("discarded", "discarded_zero", "discarded_layer"),
+)
 
 
 class EpochDriver:
-    """Runs one epoch at a time for one VM."""
+    """Runs one epoch at a time for one VM.
 
-    def __init__(self, pages: int) -> None:
+    :param protection: how long a page may stay protected, in seconds.
+    """
+
+    def __init__(self, pages: int, protection: float) -> None:
         self._pages = pages
+        self._protection = protection
+        self._slices = Slices(protection)
         #: The newest event of each name, and that one came.
         self._events: dict[str, dict[str, Any]] = {}
         self._came = asyncio.Event()
@@ -69,28 +81,41 @@ class EpochDriver:
             states = [state for state in states if state is not ReclaimState.UNUSED]
         classes = self.report.classes if self.report is not None else None
         wanted = members(classes, self._pages, states, sift=sift)
-        seconds = _EPOCH_SECONDS + _EPOCH_SECONDS_PER_MILLION * self._pages / 1e6
-        done = await self.transact(pager, wanted, seconds, guest)
+        done = []
+        for part in self._slices.over(wanted):
+            members_of = wanted[part.start : part.stop]
+            done.append(await self.transact(pager, members_of, self._protection, guest, part.start))
+            self._slices.took(done[-1]["protected_s"])
+            if self._slices.again:
+                done[-1] |= {"candidates": done[-1]["discarded"] + done[-1]["touched"], **_LEFT}
+        if not done:
+            done.append(await self.transact(pager, wanted[:1], self._protection))
         return _stats(done, scan=scanned - began, total=time.monotonic() - began)
 
     async def transact(
-        self, pager: PagerLink, wanted: NDArray[np.uint8], seconds: float, guest: GuestLink | None = None
+        self,
+        pager: PagerLink,
+        wanted: NDArray[np.uint8],
+        seconds: float,
+        guest: GuestLink | None = None,
+        first: int = 0,
     ) -> dict[str, Any]:
-        """Have the pager do an epoch, carrying the guest's confirmations; what the pager said of it.
+        """Have the pager do one slice of an epoch, carrying the guest's confirmations; what the pager said of it.
 
-        :param wanted: uint8 ``Member`` values, shape ``(pages,)``.
+        :param wanted: uint8 ``Member`` values of pfns from ``first`` on, shape ``(n,)``.
         :param seconds: when protection ends at the latest.
         :param guest: who confirms UNUSED pages; None: nobody does.
         :raise HvaError: as :meth:`run`.
         """
-        number = (await pager.call("begin-epoch", {"seconds": seconds}, wanted.tobytes()))["number"]
+        number = (await pager.call("begin-epoch", {"seconds": seconds, "first": first}, wanted.tobytes()))["number"]
         reach("agent.epoch.begun")
         limit = seconds + _GRACE_SECONDS
         try:
             protected = await race(self._protected(number), limit, "pager: protection", pager.lost)
             reach("agent.epoch.protected")
             if protected is not None and protected["wants"] and guest is not None:
-                await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), seconds)
+                part = Run(first, len(wanted))
+                await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), part, seconds)
             return await race(self._event("epoch-done", number), limit, "pager: end of epoch", pager.lost)
         except asyncio.CancelledError:
             # Nobody is left to confirm or to be told: the pages need not stay protected until the deadline.
@@ -116,18 +141,18 @@ class EpochDriver:
 
     async def _scan(self, guest: GuestLink) -> None:
         try:
-            self.report = await guest.scan(_SCAN_SECONDS + _EPOCH_SECONDS_PER_MILLION * self._pages / 1e6)
+            self.report = await guest.scan(_SCAN_SECONDS + _SCAN_SECONDS_PER_MILLION * self._pages / 1e6)
         except HvaError:
             # A silent guest agent does not keep copies from being reclaimed: they need nothing from it.
             return
 
-    async def _confirm(self, guest: GuestLink, pager: PagerLink, epoch: bytes, seconds: float) -> None:
+    async def _confirm(self, guest: GuestLink, pager: PagerLink, epoch: bytes, part: Run, seconds: float) -> None:
         try:
             for number in range(1, CONFIRM_ROUNDS + 1):
                 # Asked each time: the agent that answers may be one that greeted us a moment ago.
                 if not _may_lose_free_pages(guest):
                     return
-                free: NDArray[np.bool_] = await guest.confirm(epoch, number, seconds)
+                free: NDArray[np.bool_] = await guest.confirm(epoch, number, part, seconds)
                 payload = np.packbits(free).tobytes()
                 reach("agent.epoch.answered")
                 await pager.call("confirm", {"epoch": epoch.hex(), "round": number}, payload)
@@ -144,6 +169,16 @@ def _may_lose_free_pages(guest: GuestLink) -> bool:
     return guest.hello is not None and not guest.hello.checks_free_pages
 
 
-def _stats(done: dict[str, Any], *, scan: float, total: float) -> EpochStats:
-    seconds = PhaseSeconds(scan=scan, total=total, **done.pop("seconds"))
-    return EpochStats(**done, seconds=seconds)
+def _stats(slices: Sequence[dict[str, Any]], *, scan: float, total: float) -> EpochStats:
+    """What all slices of an epoch did."""
+    seconds = {phase: sum(done["seconds"][phase] for done in slices) for phase in slices[0]["seconds"]}
+    counts = {name: sum(done[name] for done in slices) for name in _COUNTS}
+    return EpochStats(
+        **counts,
+        number=slices[-1]["number"],
+        resident_before=slices[0]["resident_before"],
+        seconds=PhaseSeconds(scan=scan, total=total, **seconds),
+        slices=len(slices),
+        protected_s=max(done["protected_s"] for done in slices),
+        note=next((done["note"] for done in slices if done["note"]), ""),
+    )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hva_host.agent.model import ExecResult
 from hvaqemu.errors import GuestError, ProtocolError
-from hvaqemu.pages import STATE_MASK, PageState
+from hvaqemu.pages import STATE_MASK, PageState, Run
 from hvaqemu.protocol import (
     UNKNOWN_U32,
     ConfirmEnd,
@@ -147,10 +147,16 @@ class ScanExchange(Exchange[ScanReport]):
 
 
 class ConfirmExchange(Exchange[NDArray[np.bool_]]):
-    """CONFIRM: the pages free in a scan for this epoch and round; answers to any other count for nothing."""
+    """CONFIRM: which of the pages asked for are free in a scan for this epoch and round; answers to any other count for
+    nothing.
 
-    def __init__(self, pages: int, epoch: bytes, round: int) -> None:
-        self._free = np.zeros(pages, dtype=np.bool_)
+    :param pages: of the VM.
+    :param part: the pages asked for; an agent of an earlier version answers for all.
+    """
+
+    def __init__(self, pages: int, epoch: bytes, round: int, part: Run) -> None:
+        self._part = part
+        self._free = np.zeros(part.pages, dtype=np.bool_)
         self._pieces = _Pieces(pages)
         self._epoch = epoch
         self._round = round
@@ -166,7 +172,11 @@ class ConfirmExchange(Exchange[NDArray[np.bool_]]):
         if isinstance(message, ConfirmPiece):
             where = self._pieces.place(message)
             raw = unpack_map(message.data, -(-message.pages // 8))
-            self._free[where] = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=message.pages)
+            first, stop = max(where.start, self._part.start), min(where.stop, self._part.stop)
+            if first < stop:
+                free = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=message.pages)
+                into = slice(first - self._part.start, stop - self._part.start)
+                self._free[into] = free[first - where.start : stop - where.start]
             return None
         assert isinstance(message, ConfirmEnd)
         self._pieces.finish(message.pieces)

@@ -38,6 +38,7 @@ from hva_host.agent.guest_session import GuestSession, LinkState
 from hva_host.agent.model import ExecResult
 from hvaqemu.errors import ConfigError, DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.framing import Frame
+from hvaqemu.pages import Run
 from hvaqemu.protocol import Confirm, Exec, ExecCancel, Hello, Message, Ping, Scan, Stats, encode
 from hvaqemu.qemu.sockets import address_of
 
@@ -156,13 +157,15 @@ class GuestLink:
         """The state of every page, by a scan begun after this call."""
         return await self._ask(Scan, ScanExchange(self._pages), timeout)
 
-    async def confirm(self, epoch: bytes, round: int, timeout: float) -> NDArray[np.bool_]:
-        """Which pages are free, in a scan begun after this call; shape (pages,).
+    async def confirm(self, epoch: bytes, round: int, part: Run, timeout: float) -> NDArray[np.bool_]:
+        """Which of some pages are free, in a scan begun after this call; shape ``(part.pages,)``.
 
         :param epoch: 16 bytes that no other epoch has.
         """
-        exchange = ConfirmExchange(self._pages, epoch, round)
-        return await self._ask(lambda request: Confirm(request, epoch, round), exchange, timeout)
+        exchange = ConfirmExchange(self._pages, epoch, round, part)
+        return await self._ask(
+            lambda request: Confirm(request, epoch, round, part.start, part.pages), exchange, timeout
+        )
 
     async def stats(self, timeout: float) -> GuestStats:
         """The guest's memory figures."""

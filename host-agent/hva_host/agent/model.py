@@ -97,6 +97,9 @@ class EpochStats(Record):
     discarded_layer: int
     resident_before: int
     seconds: PhaseSeconds
+    #: Transactions it was done in, and the longest time pages stayed protected in one.
+    slices: int = 1
+    protected_s: float
     #: Why the epoch ended early, or "".
     note: str = ""
 

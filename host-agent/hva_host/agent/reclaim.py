@@ -29,6 +29,7 @@ _REFUSED_SECONDS = 0.5
 class Reclaimer:
     """The epochs of one VM, never two at once.
 
+    :param protection: how long a page may stay protected, in seconds.
     :param guest: who can be asked now; nobody, where the guest does not run.
     :param check: raises before an epoch that would not be safe.
     :param on_epoch: told of every epoch that ended.
@@ -39,6 +40,7 @@ class Reclaimer:
     def __init__(
         self,
         pages: int,
+        protection: float,
         guest: Callable[[], GuestLink | None],
         pager: Callable[[], PagerHandle],
         check: Callable[[], Coroutine[Any, Any, None]],
@@ -46,7 +48,7 @@ class Reclaimer:
     ) -> None:
         self.exclusive = asyncio.Lock()
         self.epochs: deque[EpochStats] = deque(maxlen=_EPOCHS_KEPT)
-        self._driver = EpochDriver(pages)
+        self._driver = EpochDriver(pages, protection)
         self._guest = guest
         self._pager = pager
         self._check = check

@@ -79,7 +79,12 @@ class Vm:
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
         self.pager = PagerHandle(folder.path, pagers, self._on_pager_event)
         self.reclaimer = Reclaimer(
-            pages, self._who_answers, lambda: self.pager, self._refuse_when_unsafe, self._on_epoch
+            pages,
+            record.config.protection_limit,
+            self._who_answers,
+            lambda: self.pager,
+            self._refuse_when_unsafe,
+            self._on_epoch,
         )
         self._hazards = HazardWatch(self.refusals, qmp, process)
         self._monitor = Monitor(qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed)

@@ -118,6 +118,8 @@ def _epochs(epochs: list[EpochStats]) -> Table:
         "#EPOCH",
         *(f"#{name}" for name in ("candidates", "proven", "touched", "unmatched", "unconfirmed", "discarded")),
         *(f"#{phase}" for phase in phases),
+        "#slices",
+        "#protected",
         "note",
     )
     for epoch in epochs[-_EPOCHS_SHOWN:]:
@@ -133,6 +135,8 @@ def _epochs(epochs: list[EpochStats]) -> Table:
             str(epoch.number),
             *(f"{count:,}" for count in counts),
             *(format_duration(getattr(epoch.seconds, phase)) for phase in phases),
+            str(epoch.slices),
+            format_duration(epoch.protected_s),
             cell(epoch.note),
         )
     return made

@@ -123,8 +123,8 @@ class Commands:
     def _begin_epoch(self, arguments: Message, payload: bytes) -> dict[str, Any]:
         self._work.refuse_when_busy()
         refusals.refuse(self._pid, self._ram.backing)
-        deadline = time.monotonic() + float(arguments["seconds"])
-        epoch = Epoch(self._ram, self._prover, np.frombuffer(payload, np.uint8), deadline)
+        wanted = np.frombuffer(payload, np.uint8)
+        epoch = Epoch(self._ram, self._prover, wanted, float(arguments["seconds"]), int(arguments["first"]))
         self._work.begin(epoch.steps(), lambda: self._epoch_done(epoch), epoch)
         return {"number": epoch.number}
 
@@ -137,14 +137,17 @@ class Commands:
             "discarded": epoch.counts["discarded_zero"] + epoch.counts["discarded_layer"],
             "resident_before": epoch.resident_before,
             "seconds": epoch.seconds,
+            "protected_s": epoch.protected_seconds,
             "note": epoch.note,
         }
         self._server.broadcast({"event": "epoch-done", "data": data})
 
     def _confirm(self, arguments: Message, payload: bytes) -> dict[str, Any]:
-        free = np.unpackbits(np.frombuffer(payload, np.uint8), count=self._ram.pages).astype(np.bool_)
         epoch = self._work.epoch
-        accepted = epoch is not None and epoch.confirm(bytes.fromhex(arguments["epoch"]), int(arguments["round"]), free)
+        if epoch is None:
+            return {"accepted": False}
+        free = np.unpackbits(np.frombuffer(payload, np.uint8), count=epoch.pages).astype(np.bool_)
+        accepted = epoch.confirm(bytes.fromhex(arguments["epoch"]), int(arguments["round"]), free)
         if accepted:
             self._work.hurry()
         return {"accepted": accepted}

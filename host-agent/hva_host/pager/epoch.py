@@ -15,6 +15,7 @@ The rules, and what in here keeps them:
 from __future__ import annotations
 
 import enum
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -73,36 +74,44 @@ class Step(enum.Enum):
 
 
 class Epoch:
-    """An epoch over some pages of a VM.
+    """An epoch over a part of a VM's pages.
 
-    :param wanted: uint8 :class:`Member` values, shape ``(pages,)``; pages that are not RESIDENT are ignored.
-    :param deadline: when protection ends at the latest, on the monotonic clock, in seconds.
+    :param wanted: uint8 :class:`Member` values of pfns from ``first`` on, shape ``(n,)``; pages that are not RESIDENT
+        are ignored.
+    :param seconds: how long pages may stay protected.
     :ivar identifier: what confirmations must answer; empty until the pages are protected.
     """
 
-    def __init__(self, ram: Ram, prover: Prover, wanted: NDArray[np.uint8], deadline: float) -> None:
-        if wanted.shape != (ram.pages,):
-            raise ValueError(f"{wanted.shape} classes for {ram.pages} pages")
+    def __init__(self, ram: Ram, prover: Prover, wanted: NDArray[np.uint8], seconds: float, first: int = 0) -> None:
+        """:raise ValueError: RAM has no such part."""
+        if not 0 <= first < first + len(wanted) <= ram.pages:
+            raise ValueError(f"classes of pages {first} to {first + len(wanted)} for {ram.pages} pages")
         ram.ledger.count(Counter.EPOCHS)
         self.number = int(ram.ledger.counters[Counter.EPOCHS])
         self.phase = Phase.SIFTING
-        self.deadline = deadline
+        self._limit = seconds
+        self._deadline = math.inf
         self.identifier = b""
         self.note = ""
         self.counts = dict.fromkeys(
             ("candidates", "proven", "touched", "unmatched", "unconfirmed", "discarded_zero", "discarded_layer"), 0
         )
         self.seconds = dict.fromkeys(("protect", "prove", "confirm", "discard"), 0.0)
+        #: For how long pages were protected.
+        self.protected_seconds = 0.0
         self.resident_before = ram.backing.used_bytes() >> 12
         self._ram = ram
         self._prover = prover
-        self._members = np.where(ram.ledger.entries == 0, wanted, np.uint8(Member.OUT)).astype(np.uint8)
+        self._first = first
+        self._stop = first + len(wanted)
+        #: By pfn - first.
+        self._members = np.where(ram.ledger.entries[first : self._stop] == 0, wanted, np.uint8(Member.OUT))
         self._protected: list[Run] = []
         self._confirmed: dict[int, NDArray[np.bool_]] = {}
 
     def leave(self, start: int, stop: int) -> None:
         """Take pfns ``[start, stop)`` out. To be called before anything that happened to them is answered."""
-        part = self._members[start:stop]
+        part = self._members[max(start - self._first, 0) : max(stop - self._first, 0)]
         if self.phase is not Phase.SIFTING:
             self.counts["touched"] += int(np.count_nonzero(part))
         part[:] = Member.OUT
@@ -111,7 +120,7 @@ class Epoch:
         """A scan of the guest found these pages free; answers whether that counts for this epoch.
 
         :param number: the scan's number, 1 to :data:`CONFIRM_ROUNDS`; each counts once.
-        :param free: shape ``(pages,)``.
+        :param free: of the epoch's pages, shape ``(n,)``.
         """
         if self.phase is Phase.DONE or not self.identifier or identifier != self.identifier:
             return False
@@ -119,6 +128,11 @@ class Epoch:
             return False
         self._confirmed[number] = free
         return True
+
+    @property
+    def pages(self) -> int:
+        """How many pages the epoch was begun over."""
+        return len(self._members)
 
     def wants_confirmation(self) -> bool:
         """Is there an UNUSED candidate?"""
@@ -135,9 +149,12 @@ class Epoch:
 
         :raise PeerLost: QEMU is gone.
         """
+        began = time.monotonic()
         try:
             yield from self._sift()
             reach("pager.epoch.sifted")
+            began = time.monotonic()
+            self._deadline = began + self._limit
             yield from self._timed("protect", self._protect())
             reach("pager.epoch.protected")
             self.identifier = os.urandom(8) + self.number.to_bytes(8, "big")
@@ -152,6 +169,7 @@ class Epoch:
             self.abandon(f"abandoned while {self.phase}: {error.strerror or error}")
         self._members[:] = Member.OUT
         yield from self._timed("protect", self._unprotect())
+        self.protected_seconds = time.monotonic() - began
         self.phase = Phase.DONE
 
     def _timed(self, name: str, steps: Iterator[Step]) -> Iterator[Step]:
@@ -168,17 +186,18 @@ class Epoch:
                 self.seconds[name] += time.monotonic() - waiting
 
     def _sift(self) -> Iterator[Step]:
-        pfns = np.flatnonzero(self._members == Member.SIFT)
-        self._members[pfns] = Member.OUT
+        pfns = self._with(Member.SIFT)
+        self._set(pfns, Member.OUT)
         for chunk in _chunks(pfns, self._prover.pages):
             promising = chunk[self._prover.look_zero(chunk)]
-            self._members[promising] = Member.COPY
+            self._set(promising, Member.COPY)
             yield Step.WORK
 
     def _protect(self) -> Iterator[Step]:
         self.phase = Phase.PROTECTING
         until = time.monotonic() + _SLICE_SECONDS
-        for run in runs_of(self._members != Member.OUT):
+        for part in runs_of(self._members != Member.OUT):
+            run = Run(self._first + part.start, part.pages)
             # Noted first: a protection that fails half-way has protected some of the run.
             self._protected.append(run)
             self._ram.protect(run)
@@ -186,6 +205,10 @@ class Epoch:
             if time.monotonic() > until:
                 yield Step.WORK
                 until = time.monotonic() + _SLICE_SECONDS
+                if self._late("the deadline came before all pages were protected"):
+                    # What is not protected must not be proven.
+                    self._members[run.stop - self._first :] = Member.OUT
+                    break
         yield from self._drop_absent()
         self.counts["candidates"] = int(np.count_nonzero(self._members)) + self.counts["touched"]
 
@@ -196,26 +219,25 @@ class Epoch:
         position, stop = self._protected[0].start, self._protected[-1].stop
         until = time.monotonic() + _SLICE_SECONDS
         for run in self._ram.backing.present_runs(position, stop):
-            self._members[position : run.start] = Member.OUT
+            self._members[position - self._first : run.start - self._first] = Member.OUT
             position = run.stop
             if time.monotonic() > until:
                 yield Step.WORK
                 until = time.monotonic() + _SLICE_SECONDS
-        self._members[position:stop] = Member.OUT
+        self._members[position - self._first : stop - self._first] = Member.OUT
 
     def _prove_copies(self) -> Iterator[Step]:
         self.phase = Phase.PROVING
         for _ in range(_NOT_CACHED_PASSES):
-            pfns = np.flatnonzero(self._members == Member.COPY)
+            pfns = self._with(Member.COPY)
             if not len(pfns):
                 return
             waited = False
             for chunk in _chunks(pfns, self._prover.pages):
-                chunk = chunk[self._members[chunk] == Member.COPY]
+                chunk = self._still(chunk, Member.COPY)
                 waited |= self._prove_chunk(chunk)
                 yield Step.WORK
-                if time.monotonic() > self.deadline:
-                    self.note = self.note or "the deadline came before all copies were compared"
+                if self._late("the deadline came before all copies were compared"):
                     self._give_up(Member.COPY, "unmatched")
                     return
             if not waited:
@@ -234,14 +256,13 @@ class Epoch:
         self._discard(pfns[proven], entries[proven])
         unmatched = ~proven & ~postponed
         self.counts["unmatched"] += int(np.count_nonzero(unmatched))
-        self._members[pfns[~postponed]] = Member.OUT
+        self._set(pfns[~postponed], Member.OUT)
         return bool(np.any(postponed))
 
     def _await_confirmation(self) -> Iterator[Step]:
         self.phase = Phase.CONFIRMING
         while self.wants_confirmation() and len(self._confirmed) < CONFIRM_ROUNDS:
-            if time.monotonic() > self.deadline:
-                self.note = self.note or "the guest agent did not confirm in time"
+            if self._late("the guest agent did not confirm in time"):
                 break
             yield Step.CONFIRM
 
@@ -249,12 +270,22 @@ class Epoch:
         self.phase = Phase.DISCARDING
         if len(self._confirmed) == CONFIRM_ROUNDS:
             free = np.logical_and.reduce(list(self._confirmed.values()))
-            for chunk in _chunks(np.flatnonzero(free & (self._members == Member.UNUSED)), _DISCARD_PAGES):
-                chunk = chunk[self._members[chunk] == Member.UNUSED]
+            confirmed = self._first + np.flatnonzero(free & (self._members == Member.UNUSED))
+            for chunk in _chunks(confirmed, _DISCARD_PAGES):
+                chunk = self._still(chunk, Member.UNUSED)
                 self._discard(chunk, np.full(len(chunk), ZERO_ENTRY, dtype=np.uint64))
-                self._members[chunk] = Member.OUT
+                self._set(chunk, Member.OUT)
                 yield Step.WORK
+                if self._late("the deadline came before all free pages were discarded"):
+                    break
         self._give_up(Member.UNUSED, "unconfirmed")
+
+    def _late(self, note: str) -> bool:
+        """Is it time to let pages go? Then the first such ``note`` says why."""
+        late = time.monotonic() > self._deadline
+        if late:
+            self.note = self.note or note
+        return late
 
     def _discard(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> None:
         if not len(pfns):
@@ -266,9 +297,21 @@ class Epoch:
         self.counts["discarded_layer"] += len(pfns) - zero
 
     def _give_up(self, member: Member, count: str) -> None:
-        pfns = np.flatnonzero(self._members == member)
-        self._members[pfns] = Member.OUT
+        pfns = self._with(member)
+        self._set(pfns, Member.OUT)
         self.counts[count] += len(pfns)
+
+    def _with(self, member: Member) -> NDArray[np.int64]:
+        """The pfns the epoch has for this."""
+        return np.flatnonzero(self._members == member) + self._first
+
+    def _still(self, pfns: NDArray[np.int64], member: Member) -> NDArray[np.int64]:
+        """Those of ``pfns`` the epoch still has for this."""
+        found: NDArray[np.int64] = pfns[self._members[pfns - self._first] == member]
+        return found
+
+    def _set(self, pfns: NDArray[np.int64], member: Member) -> None:
+        self._members[pfns - self._first] = member
 
     def _unprotect(self) -> Iterator[Step]:
         until = time.monotonic() + _SLICE_SECONDS

@@ -14,6 +14,7 @@ from hva_host.agent.model import ReclaimResult
 from hva_host.agent.pager_link import PagerLink
 from hva_host.pager.epoch import CONFIRM_ROUNDS
 from hvaqemu.errors import HvaError
+from hvaqemu.pages import Run
 from hvaqemu.units import MiB
 from tests.vm.harness import BOTH, GUEST_PROGRAMS, Guest, running_guest
 
@@ -80,8 +81,10 @@ async def test_churn_under_continuous_epochs() -> None:
 
 
 async def test_churn_is_a_test_without_the_confirmation_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def believe(driver: EpochDriver, _guest: GuestLink, pager: PagerLink, epoch: bytes, _seconds: float) -> None:
-        everything = np.packbits(np.ones(driver._pages, dtype=np.bool_)).tobytes()
+    async def believe(
+        _driver: EpochDriver, _guest: GuestLink, pager: PagerLink, epoch: bytes, part: Run, _seconds: float
+    ) -> None:
+        everything = np.packbits(np.ones(part.pages, dtype=np.bool_)).tobytes()
         for number in range(1, CONFIRM_ROUNDS + 1):
             await pager.call("confirm", {"epoch": epoch.hex(), "round": number}, everything)
 

@@ -12,7 +12,7 @@ from hva_host.agent.fleet import Fleet
 from hva_host.agent.model import Measure
 from hva_host.agent.vm import Vm
 from hvaqemu.config import VmConfig
-from hvaqemu.scenario_config import ALL_STATES
+from hvaqemu.scenario_config import DEFAULT_STATES
 from hvaqemu.units import MiB, format_size
 
 FILL = "find /usr -xdev -type f -print0 | xargs -0 cat | md5sum"
@@ -60,7 +60,7 @@ async def rereading(vm: Vm) -> list[Figure]:
     resident, discarded, brought = [], [], 0
     for _ in range(5):
         resident.append(await read_seconds(vm))
-        await vm.reclaim(ALL_STATES)
+        await vm.reclaim(DEFAULT_STATES)
         before = (await vm.measure()).refault_pages
         discarded.append(await read_seconds(vm))
         brought = (await vm.measure()).refault_pages - before
@@ -90,7 +90,7 @@ async def shrinking(vm: Vm) -> list[Figure]:
     """Fill the guest's page cache, reclaim, and balloon for comparison."""
     await run(vm, FILL)
     filled = await vm.measure()
-    await vm.reclaim(ALL_STATES)
+    await vm.reclaim(DEFAULT_STATES)
     reclaimed = await vm.measure()
     await run(vm, FILL)
     await vm.balloon(128 * MiB, 120)

@@ -18,7 +18,7 @@ from benchmarks.figure import Figure, show
 from hva_host.agent.fleet import Fleet
 from hva_host.agent.vm import Vm
 from hvaqemu.config import ExtraDisk, VmConfig
-from hvaqemu.scenario_config import ALL_STATES
+from hvaqemu.scenario_config import DEFAULT_STATES
 from hvaqemu.units import MiB
 from tests.vm.board import Board, GapLog, bundle, start_command
 from tests.vm.harness import until
@@ -70,7 +70,7 @@ async def _pause(vm: Vm, board: Board) -> float:
     """Seconds from the death of the pager to the next access that the guest could make to what was discarded."""
     number = board.order("rest")
     await board.carried_out(number, _WAIT_SECONDS)
-    await vm.reclaim(ALL_STATES)
+    await vm.reclaim(DEFAULT_STATES)
     touches = board.touches
     board.order("go")
     await _touched(board, touches)

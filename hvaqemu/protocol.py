@@ -66,6 +66,8 @@ class Feature(enum.IntFlag):
     SWAPCACHE = 1 << 1
     #: STATS_REPORT carries memory pressure (PSI).
     PRESSURE = 1 << 2
+    #: Clean file pages that a process has mapped shared and writable are reported POTENTIAL; else they are VOLATILE.
+    POTENTIAL = 1 << 3
 
 
 class ErrorCode(enum.IntEnum):

@@ -27,9 +27,11 @@ class ReclaimState(StrEnum):
 
     UNUSED = "unused"
     VOLATILE = "volatile"
+    POTENTIAL = "potential"
 
 
-ALL_STATES = (ReclaimState.UNUSED, ReclaimState.VOLATILE)
+#: What is discarded where nobody says otherwise.
+DEFAULT_STATES = (ReclaimState.UNUSED, ReclaimState.VOLATILE)
 
 
 def _some_once(states: tuple[ReclaimState, ...]) -> tuple[ReclaimState, ...]:
@@ -62,7 +64,7 @@ class MeasureStep(Config):
 class ReclaimPlan(Config):
     """What to reclaim, and how long to go on: until an epoch gains less than 1 %, or as the fields say."""
 
-    states: Annotated[tuple[ReclaimState, ...], AfterValidator(_some_once)] = ALL_STATES
+    states: Annotated[tuple[ReclaimState, ...], AfterValidator(_some_once)] = DEFAULT_STATES
     #: Exactly so many epochs.
     epochs: Count | None = None
     #: Seconds from the start of one epoch to the start of the next, beside the steps that follow, until stopped.

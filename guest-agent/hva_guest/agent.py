@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from hva_guest.kernel import read_boot_id, read_poisoning
+from hva_guest.mappings import SharedMappings
 from hva_guest.memory import memory_ranges, read_memory, read_pressure, read_uptime_ms
 from hva_guest.port import HostGone, Port, find_port
 from hva_guest.scan import PageFlags, confirm_answer, scan_answer
@@ -77,6 +78,9 @@ class Agent:
         self._offered = Feature.SWAPCACHE
         if read_pressure() != UNKNOWN_U32:
             self._offered |= Feature.PRESSURE
+        self._shared = SharedMappings()
+        if os.access("/proc/self/pagemap", os.R_OK):
+            self._offered |= Feature.POTENTIAL
         self._selector = selectors.DefaultSelector()
         self._commands: Commands | None = None
         if settings.allow_exec:
@@ -93,7 +97,7 @@ class Agent:
         self._nonce = 0
         #: Of the session: what the host acknowledged; None before ACK.
         self._features: Feature | None = None
-        self._scans: deque[tuple[int, Iterator[Message]]] = deque()
+        self._scans: deque[tuple[int, Iterator[Message | None]]] = deque()
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -243,7 +247,9 @@ class Agent:
             return
         request, answer = self._scans[0]
         try:
-            self._send(next(answer))
+            message = next(answer)
+            if message is not None:
+                self._send(message)
         except StopIteration:
             self._scans.popleft()
         except OSError as error:
@@ -317,9 +323,11 @@ class Agent:
             reason = f"{self._settings.kpageflags}: {error.strerror}"
             return self._send(Error(message.request, ErrorCode.UNAVAILABLE, reason))
         ranges = memory_ranges(self._settings.iomem)
+        answer: Iterator[Message | None]
         if isinstance(message, Confirm):
             answer = confirm_answer(message, self._flags, ranges)
         else:
-            answer = scan_answer(message, self._flags, ranges, bool(features & Feature.SWAPCACHE))
+            shared = self._shared if features & Feature.POTENTIAL else None
+            answer = scan_answer(message, self._flags, ranges, bool(features & Feature.SWAPCACHE), shared)
         self._scans.append((message.request, answer))
         return None

@@ -108,6 +108,10 @@ _CLASS_TABLES = {swapcache: _class_table(swapcache) for swapcache in (False, Tru
 _HEADS = bytes(_COPIES if value & 0x80 else 0 for value in range(256))
 _TAILS = bytes(_COPIES if value & 0x01 else 0 for value in range(256))
 _STATES = bytes(value & STATE_MASK for value in range(256))
+#: 1 for VOLATILE pages of files.
+_FILES = bytes(
+    value | PageAttribute.REFERENCED == PageState.VOLATILE | PageAttribute.REFERENCED for value in range(256)
+)
 #: "Free" as a binary digit, for :func:`free_bitmap`.
 _DIGITS = bytes(b"01"[value & STATE_MASK == PageState.UNUSED] for value in range(256))
 
@@ -146,6 +150,14 @@ def _refused_by_head(verdicts: int, heads: int, tails: int, pages: int) -> int:
         spread &= spread >> distance
         distance *= 2
     return refused & tails
+
+
+def with_potential(classes: bytes, mapped: bytes) -> bytes:
+    """The class map in which file copies that ``mapped`` marks with 1 (else 0) are POTENTIAL; both a byte a page."""
+    # VOLATILE and POTENTIAL differ in the lowest bit.
+    files = int.from_bytes(classes.translate(_FILES), "big")
+    found = int.from_bytes(classes, "big") | files & int.from_bytes(mapped, "big")
+    return found.to_bytes(len(classes), "big")
 
 
 def free_bitmap(classes: bytes) -> bytes:

@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-from hva_guest.classify import classify, count_states, free_bitmap
+from hva_guest.classify import classify, count_states, free_bitmap, with_potential
+from hva_guest.mappings import SharedMappings
 from hva_guest.memory import Ranges, part_of, read_memory
 from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PageState
@@ -53,13 +54,22 @@ class PageFlags:
                 start = end
 
 
-def scan_answer(request: Scan, flags: PageFlags, ranges: Ranges, swapcache: bool) -> Iterator[Message]:
-    """The messages that answer ``request``; the work of each is done when it is asked for.
+def scan_answer(
+    request: Scan, flags: PageFlags, ranges: Ranges, swapcache: bool, shared: SharedMappings | None
+) -> Iterator[Message | None]:
+    """The messages that answer ``request``; the work of each is done when it is asked for. None only gives way.
 
+    :param shared: tells POTENTIAL from VOLATILE pages; None: all are VOLATILE.
     :raise OSError: see :meth:`PageFlags.pieces`.
     """
-    number, totals, begun, busy = 0, [0] * len(PageState), time.monotonic(), 0.0
+    marks, busy = None, 0.0
+    if shared is not None:
+        marks = yield from shared.look(max((start + count for start, count in ranges), default=0))
+        busy = shared.seconds
+    number, totals, begun = 0, [0] * len(PageState), time.monotonic()
     for start, classes in flags.pieces(ranges, swapcache):
+        if marks is not None and (mapped := marks.part(start, len(classes))):
+            classes = with_potential(classes, mapped)
         for state, count in enumerate(count_states(classes)):
             totals[state] += count
         piece = ScanPiece(request.request, number, start, len(classes), pack_map(classes))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hvaqemu.errors import ConfigError
 from hvaqemu.scenario_config import (
-    ALL_STATES,
+    DEFAULT_STATES,
     BalloonStep,
     Bounds,
     ExpectStep,
@@ -99,7 +99,7 @@ def test_every_kind_of_step(tmp_path: Path) -> None:
     assert (first.save, first.timeout) == ("before", 120.0)
     continuous = scenario.steps[9]
     assert isinstance(continuous, ReclaimStep)
-    assert continuous.reclaim == ReclaimPlan(states=ALL_STATES, every=0.2)
+    assert continuous.reclaim == ReclaimPlan(states=DEFAULT_STATES, every=0.2)
     assert scenario.steps[14] == BalloonStep(balloon=128 * MiB)
     assert [verb_of(step) for step in scenario.steps[:3]] == ["guest", "measure", "reclaim"]
     assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
@@ -149,7 +149,7 @@ def test_json_round_trip(steps: list[Step], run_beside: bool) -> None:
         (" - reclaim: now\n", "s.yaml:3: key steps[0].reclaim: input should be 'stop', not 'now'"),
         (" - reclaim: stop\n", "s.yaml:3: key steps[0].reclaim: no `reclaim` with `every` runs here"),
         (" - reclaim: {states: []}\n", "s.yaml:3: key steps[0].reclaim.states: name each state once"),
-        (" - reclaim: {states: [stable]}\n", "s.yaml:3: key steps[0].reclaim.states[0]: input should be 'unused' or"),
+        (" - reclaim: {states: [precious]}\n", "s.yaml:3: key steps[0].reclaim.states[0]: input should be 'unused', "),
         (" - reclaim: {epochs: 0}\n", "s.yaml:3: key steps[0].reclaim.epochs: input should be greater"),
         (" - reclaim: {epochs: 1, every: 1s}\n", "s.yaml:3: key steps[0].reclaim.every: goes on until"),
         (

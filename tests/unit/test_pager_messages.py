@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hva_host.agent.members import members
+from hva_host.agent.members import in_turn, members
 from hva_host.pager.epoch import Member
 from hva_host.pager.messages import HEADER_MAX, MessageDecoder, encode
 from hva_host.pager.stalls import Stalls
@@ -62,5 +62,19 @@ def test_members_follow_the_states_asked_for() -> None:
     both = (ReclaimState.UNUSED, ReclaimState.VOLATILE)
     assert members(report, 5, both, sift=True).tolist() == [Member.SIFT, Member.UNUSED, Member.COPY, 0, Member.COPY]
     assert members(report, 5, both[:1], sift=False).tolist() == [0, Member.UNUSED, 0, 0, 0]
+    potential = (ReclaimState.POTENTIAL,)
+    assert members(report, 5, potential, sift=False).tolist() == [0, 0, 0, Member.COPY, 0]
+    assert members(None, 3, potential, sift=True).tolist() == [0] * 3
     assert members(None, 3, both, sift=True).tolist() == [Member.COPY] * 3
     assert members(None, 3, both[:1], sift=True).tolist() == [0] * 3
+
+
+def test_potential_pages_come_after_volatile_ones() -> None:
+    unused, volatile, potential = ReclaimState.UNUSED, ReclaimState.VOLATILE, ReclaimState.POTENTIAL
+    every = (unused, potential, volatile)
+    assert in_turn(every, 0, 32) == (unused, volatile)
+    assert in_turn(every, 1, 32) == in_turn(every, 31, 32) == every
+    # Nothing to come after.
+    assert in_turn(every, 0, 1) == every
+    assert in_turn((potential,), 0, 32) == (potential,)
+    assert in_turn((unused, volatile), 0, 32) == (unused, volatile)

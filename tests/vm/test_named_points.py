@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from hvaqemu.errors import HvaError, LaunchError, PeerLost
 from hvaqemu.faultpoints import VARIABLE
-from hvaqemu.scenario_config import ALL_STATES
+from hvaqemu.scenario_config import DEFAULT_STATES
 from tests.vm.harness import until
 from tests.vm.host import Host, own_host
 
@@ -82,7 +82,7 @@ class Points:
         """Whether it went through; it does not where something died in it."""
         with suppress(HvaError):
             async with self.host.client() as client:
-                await client.reclaim(_NAME, ALL_STATES, None, lambda _stats: None)
+                await client.reclaim(_NAME, DEFAULT_STATES, None, lambda _stats: None)
                 return True
         return False
 

@@ -18,7 +18,7 @@ from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError
 from hvaqemu.fields import Count, Name, Seconds, Size, Text
 from hvaqemu.protocol import STDIN_BYTES_MAX
-from hvaqemu.scenario_config import ALL_STATES, ReclaimState
+from hvaqemu.scenario_config import DEFAULT_STATES, ReclaimState
 
 #: Sends an event to all clients: its name and data.
 Emit = Callable[[str, dict[str, Any]], None]
@@ -91,7 +91,7 @@ class _Named(Arguments):
 
 
 class _Reclaim(_Named):
-    states: Annotated[tuple[ReclaimState, ...], Field(min_length=1)] = ALL_STATES
+    states: Annotated[tuple[ReclaimState, ...], Field(min_length=1)] = DEFAULT_STATES
     epochs: Count | None = None
 
 

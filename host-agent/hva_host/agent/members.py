@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,4 +33,16 @@ def members(
         wanted[found == PageState.UNUSED] = Member.UNUSED
     if ReclaimState.VOLATILE in states:
         wanted[found == PageState.VOLATILE] = Member.COPY
+    if ReclaimState.POTENTIAL in states:
+        wanted[found == PageState.POTENTIAL] = Member.COPY
     return wanted
+
+
+def in_turn(states: Sequence[ReclaimState], number: int, epochs: int) -> tuple[ReclaimState, ...]:
+    """What the epoch ``number`` (from 0) of ``epochs`` takes of ``states``.
+
+    POTENTIAL pages are those that are soonest written, so they come after VOLATILE: from the second epoch on. Where
+    there is no second one, all come at once.
+    """
+    late = ReclaimState.VOLATILE in states and number == 0 and epochs > 1
+    return tuple(state for state in states if not (late and state is ReclaimState.POTENTIAL))

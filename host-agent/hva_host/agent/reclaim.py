@@ -12,6 +12,7 @@ from typing import Any
 from hva_host.agent.epochs import EpochDriver
 from hva_host.agent.guest_exchange import ScanReport
 from hva_host.agent.guest_link import GuestLink
+from hva_host.agent.members import in_turn
 from hva_host.agent.model import EpochStats, ReclaimResult
 from hva_host.agent.pager_process import PagerHandle, call
 from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
@@ -68,19 +69,22 @@ class Reclaimer:
     async def reclaim(
         self, states: Sequence[ReclaimState], epochs: int | None, on_epoch: Callable[[EpochStats], None] | None
     ) -> ReclaimResult:
-        """Run epochs until one gains less than 1 %, or exactly ``epochs`` of them.
+        """Run epochs until one of all ``states`` gains less than 1 %, or exactly ``epochs`` of them.
 
         :raise RefusedError: something runs or is attached that makes discarding unsafe.
         :raise HvaError: a peer went or was silent.
         """
         began, before = time.monotonic(), await self._backing()
         done: list[EpochStats] = []
-        for number in range(epochs if epochs is not None else _EPOCHS_MAX):
-            stats = await self._epoch(states, sift=number == 0)
+        limit = epochs if epochs is not None else _EPOCHS_MAX
+        for number in range(limit):
+            turn = in_turn(states, number, limit)
+            stats = await self._epoch(turn, sift=number == 0)
             done.append(stats)
             if on_epoch is not None:
                 on_epoch(stats)
-            if epochs is None and stats.discarded < _GAIN_WORTH_IT * stats.resident_before:
+            little = stats.discarded < _GAIN_WORTH_IT * stats.resident_before
+            if epochs is None and little and len(turn) == len(states):
                 break
         return await self._result(done, before, began)
 
@@ -132,7 +136,7 @@ class Reclaimer:
         while not self._stop.is_set():
             until = time.monotonic() + every
             try:
-                done.append(await self._epoch(states, sift=False))
+                done.append(await self._epoch(in_turn(states, len(done), _EPOCHS_MAX), sift=False))
             except PeerLost:
                 # A pager that died is replaced; a VM that ended cancels this.
                 until = time.monotonic() + max(every, _RETRY_SECONDS)

@@ -9,12 +9,14 @@ from hva_host.cli.arguments import Subparsers, add_command, add_json, add_name, 
 
 _DESCRIPTION = """\
 Discard pages whose content the guest does not need (unused: free pages) or that are copies of its
-disk (volatile: clean page cache). Runs epochs until one gains less than 1 %. The guest notices
-nothing: what it touches again comes back with the right bytes.
+disk (volatile: clean page cache; potential, where asked for: clean page cache that a process has
+mapped shared and writable, taken after volatile). Runs epochs until one gains less than 1 %. The
+guest notices nothing: what it touches again comes back with the right bytes.
 """
 _EXAMPLES = """
 hvaqemu reclaim quickstart
 hvaqemu reclaim quickstart --states unused --epochs 2
+hvaqemu reclaim quickstart --states unused,volatile,potential
 """
 
 
@@ -22,7 +24,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "reclaim", "give a VM's unneeded memory to the host", _DESCRIPTION, _EXAMPLES)
     add_name(parser)
     parser.add_argument(
-        "--states", metavar="STATES", default="unused,volatile", help="which pages: unused, volatile or both (default)"
+        "--states",
+        metavar="STATES",
+        default="unused,volatile",
+        help="which pages: some of unused, volatile and potential (default: unused,volatile)",
     )
     parser.add_argument("--epochs", metavar="N", type=positive, help="exactly so many epochs")
     add_json(parser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.memory.ledger import LEDGER_NAME
 from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import RefusedError
-from tests.kernel.faults import COPIES, FREE, PAGES, Machine
+from tests.kernel.faults import COPIES, FREE, FREED, PAGES, Machine
+from tests.kernel.harness import PAGE
 
 EPOCH = [
     "pager.epoch.sifted",
@@ -42,6 +44,7 @@ REFAULT = [
     "uffd.zero",
     "pager.refault.filled",
 ]
+TURN = ["pager.epoch.confirmed", "pager.epoch.discarded", "pager.freed.proven", "pager.freed.turned"]
 ATTACH = [
     "pager.parent.fork",
     "ledger.allocate",
@@ -55,7 +58,7 @@ ATTACH = [
 
 @pytest.fixture
 async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
-    found = Machine(tmp_path, dict.fromkeys([*EPOCH, *REFAULT, *ATTACH, "pager.restore.filled"], "kill"))
+    found = Machine(tmp_path, dict.fromkeys([*EPOCH, *REFAULT, *TURN, *ATTACH, "pager.restore.filled"], "kill"))
     try:
         await found.start()
         yield found
@@ -93,6 +96,27 @@ async def test_in_a_refault(machine: Machine, point: str) -> None:
     assert not machine.armed(point)
     assert machine.restarts == 1
     await everything_works(machine)
+
+
+@pytest.mark.parametrize("point", TURN)
+async def test_while_freed_pages_become_zero(machine: Machine, point: str) -> None:
+    assert await machine.epoch() is not None
+    machine.arm(point)
+    assert await machine.turn() is None
+    assert not machine.armed(point)
+    await machine.restarted(1)
+    done = await machine.turn()
+    assert done is not None
+    # Each store is one page's: whoever was turned before the kill is ZERO already.
+    turned = len(FREED) if point == "pager.freed.turned" else 0
+    assert done["freed"] == len(FREED) - turned
+    status = await call(machine.pager, "status")
+    assert (status["zero_pages"], status["layer_pages"]) == (len(FREE) - 1 + len(FREED), len(COPIES) - len(FREED))
+    zeros = {zlib.crc32(bytes(PAGE))}
+    for pfn in FREED:
+        machine.expected[pfn] = zeros
+    await machine.check()
+    assert machine.restarts == 1
 
 
 @pytest.mark.parametrize("point", ATTACH)

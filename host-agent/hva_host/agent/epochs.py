@@ -37,7 +37,7 @@ _ABANDON_SECONDS = 2.0
 _LEFT = {"unmatched": 0, "unconfirmed": 0, "note": ""}
 _COUNTS = (
     *("candidates", "proven", "touched", "unmatched", "unconfirmed"),
-    *("discarded", "discarded_zero", "discarded_layer"),
+    *("discarded", "discarded_zero", "discarded_layer", "freed"),
 )
 
 

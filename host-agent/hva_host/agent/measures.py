@@ -45,6 +45,8 @@ async def measure(
         preserved_pages=pager["preserved_pages"],
         refaults=pager["refaults"],
         refault_pages=pager["refault_pages"],
+        layer_pages_loaded=pager["layer_pages_loaded"],
+        freed_pages=pager["freed_pages"],
         qemu_rss_bytes=accounts.own_memory(process.pid),
         pager_pss_bytes=accounts.shared_out_memory(pager_pid),
         agent_rss_bytes=accounts.all_memory(os.getpid()),

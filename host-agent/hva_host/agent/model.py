@@ -40,6 +40,10 @@ class Measure(Record):
     #: Fault events answered with a fill, and pages those fills brought (fault-around included).
     refaults: int
     refault_pages: int
+    #: Pages of those that were read from a layer.
+    layer_pages_loaded: int = 0
+    #: Discarded pages that were turned from LAYER to ZERO because the guest had freed them.
+    freed_pages: int = 0
     #: QEMU's own memory, guest RAM excluded.
     qemu_rss_bytes: int
     #: What it shares with other pagers and their parent divided by how many share it.
@@ -95,6 +99,8 @@ class EpochStats(Record):
     discarded: int
     discarded_zero: int
     discarded_layer: int
+    #: Discarded pages the guest has freed since: they come back as zeros, not from their layer.
+    freed: int = 0
     resident_before: int
     seconds: PhaseSeconds
     #: Transactions it was done in, and the longest time pages stayed protected in one.

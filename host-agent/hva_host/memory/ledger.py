@@ -76,6 +76,10 @@ class Counter(enum.IntEnum):
     WRITE_FAULTS = 4
     #: Faults on pages that were absent without having been discarded.
     FIRST_TOUCHES = 5
+    #: Pages that refaults and read-ahead brought from a layer.
+    LAYER_PAGES_LOADED = 6
+    #: LAYER entries that became ZERO because the guest had freed the page.
+    FREED_PAGES = 7
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,18 @@ class Ledger:
         self.entries[pfns] = entries
         kinds = np.bincount((entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8), minlength=_KINDS)
         self._totals = [total + int(more) for total, more in zip(self._totals, kinds, strict=True)]
+
+    def turn_to_zero(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> int:
+        """Store ZERO for the pages whose entry still is the LAYER one in ``entries``; shapes ``(n,)``; how many."""
+        same = pfns[self.entries[pfns] == entries]
+        self.entries[same] = ZERO_ENTRY
+        self._totals[Residence.LAYER] -= len(same)
+        self._totals[Residence.ZERO] += len(same)
+        return len(same)
+
+    def kinds(self, pfns: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
+        """The :class:`Residence` that entries name, 0 where there is none, other numbers where one is damaged."""
+        return (self.entries[pfns] >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
 
     def erase(self, start: int, count: int) -> int:
         """Drop the entries of ``count`` pages from ``start`` on; how many had one."""

@@ -208,6 +208,8 @@ class Commands:
             "preserved_pages": totals[Residence.PRESERVED],
             "refaults": int(counters[Counter.REFAULTS]),
             "refault_pages": int(counters[Counter.REFAULT_PAGES]),
+            "layer_pages_loaded": int(counters[Counter.LAYER_PAGES_LOADED]),
+            "freed_pages": int(counters[Counter.FREED_PAGES]),
             "discarded_pages": int(counters[Counter.DISCARDED_PAGES]),
             "first_touches": int(counters[Counter.FIRST_TOUCHES]),
             "write_faults": int(counters[Counter.WRITE_FAULTS]),

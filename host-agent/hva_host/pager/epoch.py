@@ -10,6 +10,8 @@ The rules, and what in here keeps them:
   membership and punching, so there is no moment between "still in" and "punched".
 * The ledger entry is stored before the page is punched: :meth:`hva_host.pager.ram.Ram.discard`.
 * Protection ends at the deadline whatever the guest does.
+
+Beside it, discarded pages that the guest has freed become ZERO by the same two scans: :mod:`hva_host.pager.freed`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 
 from hva_host.memory.ledger import ZERO_ENTRY, Counter
 from hva_host.memory.runs import runs_of, runs_of_pfns
+from hva_host.pager.freed import Freed
 from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
 from hvaqemu.faultpoints import reach
@@ -37,6 +40,10 @@ CONFIRM_ROUNDS = 2
 _SLICE_SECONDS = 0.001
 _DISCARD_PAGES = 2048
 _NOT_CACHED_PASSES = 3
+_COUNTS = (
+    *("candidates", "proven", "touched", "unmatched", "unconfirmed"),
+    *("discarded_zero", "discarded_layer", "freed"),
+)
 
 
 class Member(enum.IntEnum):
@@ -45,7 +52,7 @@ class Member(enum.IntEnum):
     OUT = 0
     #: Discard if its bytes are zeros or in a layer.
     COPY = 1
-    #: Discard if the guest confirms it free.
+    #: Discard if the guest confirms it free. A LAYER page becomes ZERO.
     UNUSED = 2
     #: Not worth protecting unless a look without protection finds all zeros: then a COPY.
     SIFT = 3
@@ -93,9 +100,7 @@ class Epoch:
         self._deadline = math.inf
         self.identifier = b""
         self.note = ""
-        self.counts = dict.fromkeys(
-            ("candidates", "proven", "touched", "unmatched", "unconfirmed", "discarded_zero", "discarded_layer"), 0
-        )
+        self.counts = dict.fromkeys(_COUNTS, 0)
         self.seconds = dict.fromkeys(("protect", "prove", "confirm", "discard"), 0.0)
         #: For how long pages were protected.
         self.protected_seconds = 0.0
@@ -104,6 +109,7 @@ class Epoch:
         self._prover = prover
         self._first = first
         self._stop = first + len(wanted)
+        self._freed = Freed(ram, wanted == Member.UNUSED, first)
         #: By pfn - first.
         self._members = np.where(ram.ledger.entries[first : self._stop] == 0, wanted, np.uint8(Member.OUT))
         self._protected: list[Run] = []
@@ -115,6 +121,7 @@ class Epoch:
         if self.phase is not Phase.SIFTING:
             self.counts["touched"] += int(np.count_nonzero(part))
         part[:] = Member.OUT
+        self._freed.leave(start, stop)
 
     def confirm(self, identifier: bytes, number: int, free: NDArray[np.bool_]) -> bool:
         """A scan of the guest found these pages free; answers whether that counts for this epoch.
@@ -136,13 +143,14 @@ class Epoch:
 
     def wants_confirmation(self) -> bool:
         """Is there an UNUSED candidate?"""
-        return bool(np.any(self._members == Member.UNUSED))
+        return bool(self._freed) or bool(np.any(self._members == Member.UNUSED))
 
     def abandon(self, why: str) -> None:
         """Stop discarding; :meth:`steps` goes on to unprotect."""
         self.note = self.note or why
         self._give_up(Member.COPY, "unmatched")
         self._give_up(Member.UNUSED, "unconfirmed")
+        self._freed.forget()
 
     def steps(self) -> Iterator[Step]:
         """The epoch's work, in slices of about a millisecond; iterate until it ends.
@@ -157,6 +165,8 @@ class Epoch:
             self._deadline = began + self._limit
             yield from self._timed("protect", self._protect())
             reach("pager.epoch.protected")
+            self._freed.note()
+            # What comes before it is what the scans that answer it come after: protection, and entries noted.
             self.identifier = os.urandom(8) + self.number.to_bytes(8, "big")
             yield from self._timed("prove", self._prove_copies())
             reach("pager.epoch.proven")
@@ -170,6 +180,7 @@ class Epoch:
         self._members[:] = Member.OUT
         yield from self._timed("protect", self._unprotect())
         self.protected_seconds = time.monotonic() - began
+        yield from self._timed("discard", self._turn_freed())
         self.phase = Phase.DONE
 
     def _timed(self, name: str, steps: Iterator[Step]) -> Iterator[Step]:
@@ -286,6 +297,14 @@ class Epoch:
         if late:
             self.note = self.note or note
         return late
+
+    def _turn_freed(self) -> Iterator[Step]:
+        """What the guest has freed of its discarded pages. Those are absent: this comes when nothing is protected."""
+        if len(self._confirmed) == CONFIRM_ROUNDS:
+            for turned in self._freed.turn(np.logical_and.reduce(list(self._confirmed.values()))):
+                self.counts["freed"] += turned
+                yield Step.WORK
+        self._freed.forget()
 
     def _discard(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> None:
         if not len(pfns):

@@ -223,7 +223,9 @@ class Refaults:
         self._leave(run.start, run.stop)
         reach("pager.refault.checked")
         ram = self._ram
-        return self._filled(run, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.pages << PAGE_SHIFT))
+        result = ram.uffd.copy(ram.address(run.start), self._buffer.address, run.pages << PAGE_SHIFT)
+        ram.ledger.count(Counter.LAYER_PAGES_LOADED, result.filled >> PAGE_SHIFT)
+        return self._filled(run, result)
 
     def _filled(self, run: Run, result: FillResult) -> int:
         ram = self._ram

@@ -17,9 +17,15 @@ from hva_host.memory.ledger import (
     LayerRecord,
     Ledger,
     entry_block,
+    entry_check,
+    entry_granules,
     entry_kind,
     entry_layer,
+    entry_place,
     layer_entry,
+    places,
+    preserved_entry,
+    preserved_of,
 )
 from hvaqemu.errors import RefusedError
 from hvaqemu.pages import Residence
@@ -42,10 +48,24 @@ def test_layer_entries_round_trip(layer: int, block: int) -> None:
     assert entry < 1 << 64
 
 
+@given(st.integers(0, (1 << 34) - 1), st.integers(1, 63), st.integers(0, (1 << 64) - 1))
+def test_preserved_entries_round_trip(place: int, granules: int, checksum: int) -> None:
+    entry = preserved_entry(place, granules, checksum)
+    assert (entry_kind(entry), entry_place(entry), entry_granules(entry)) == (Residence.PRESERVED, place, granules)
+    assert entry_check(entry) == checksum & (1 << 20) - 1
+    array = np.array([entry, ZERO_ENTRY, layer_entry(1, 2)], dtype=np.uint64)
+    assert preserved_of(array).tolist() == [entry]
+    assert [found.tolist() for found in places(array[:1])] == [[place], [granules]]
+    assert entry < 1 << 64
+
+
 def test_numbers_out_of_range_are_refused() -> None:
     for layer, block in ((LAYERS, 0), (-1, 0), (0, 1 << 40), (0, -1)):
         with pytest.raises(ValueError):
             layer_entry(layer, block)
+    for place, granules in ((1 << 34, 1), (-1, 1), (0, 0), (0, 64)):
+        with pytest.raises(ValueError):
+            preserved_entry(place, granules, 0)
 
 
 def test_what_one_pager_wrote_the_next_one_reads(fd: int) -> None:
@@ -97,8 +117,8 @@ def test_another_version_or_size_is_refused(fd: int) -> None:
         Ledger(os.dup(fd), 8, _RAM + 1)
     with pytest.raises(RefusedError, match="not one for 16 pages"):
         Ledger(os.dup(fd), 16, _RAM)
-    os.pwrite(fd, (3).to_bytes(8, "little"), 8)
-    with pytest.raises(RefusedError, match="version 3"):
+    os.pwrite(fd, (2).to_bytes(8, "little"), 8)
+    with pytest.raises(RefusedError, match="version 2"):
         Ledger(os.dup(fd), 8, _RAM)
 
 

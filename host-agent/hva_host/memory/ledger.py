@@ -37,7 +37,7 @@ from hvaqemu.pages import PAGE_SIZE, Residence
 
 #: The memfd's name, given by the shim.
 LEDGER_NAME = "hva-ledger"
-VERSION = 2
+VERSION = 3
 LAYERS = 63
 _MAGIC = int.from_bytes(b"HVALEDGR", "little")
 _HEADER = struct.Struct("=QQQQ")
@@ -53,6 +53,14 @@ _KINDS = 16
 _LAYER_SHIFT = 48
 _LAYER_MASK = 0xFF
 _BLOCK_MASK = (1 << 40) - 1
+
+#: A PRESERVED entry: 20 bits of the page's checksum, the slot's length and its place, both in granules of the store.
+CHECK_BITS = 20
+_CHECK_SHIFT = 40
+_CHECK_MASK = (1 << CHECK_BITS) - 1
+_GRANULES_SHIFT = 34
+_GRANULES_MASK = (1 << 6) - 1
+_PLACE_MASK = (1 << 34) - 1
 
 ZERO_ENTRY = Residence.ZERO << _KIND_SHIFT
 NO_ENTRY = 0
@@ -122,6 +130,47 @@ def entry_layer(entry: int) -> int:
 def entry_block(entry: int) -> int:
     """The block of a LAYER entry; may be beyond the layer's end if the entry is damaged."""
     return entry & _BLOCK_MASK
+
+
+def preserved_entry(place: int, granules: int, checksum: int) -> int:
+    """The entry of a page whose bytes are in the compressed store.
+
+    :param place: of its slot, in granules from the store's beginning.
+    :param granules: how long the slot is.
+    :param checksum: of the page; the entry keeps its low :data:`CHECK_BITS` bits.
+    :raise ValueError: a number is out of range.
+    """
+    if not 0 <= place <= _PLACE_MASK or not 1 <= granules <= _GRANULES_MASK:
+        raise ValueError(f"a slot of {granules} granules at {place}: out of range")
+    check = checksum & _CHECK_MASK
+    return Residence.PRESERVED << _KIND_SHIFT | check << _CHECK_SHIFT | granules << _GRANULES_SHIFT | place
+
+
+def entry_place(entry: int) -> int:
+    """Where the slot of a PRESERVED entry is, in granules; may be beyond the store if the entry is damaged."""
+    return entry & _PLACE_MASK
+
+
+def entry_granules(entry: int) -> int:
+    """How long the slot of a PRESERVED entry is, in granules; may be 0 if the entry is damaged."""
+    return entry >> _GRANULES_SHIFT & _GRANULES_MASK
+
+
+def entry_check(entry: int) -> int:
+    """The low :data:`CHECK_BITS` bits of the checksum of a PRESERVED entry's page."""
+    return entry >> _CHECK_SHIFT & _CHECK_MASK
+
+
+def preserved_of(entries: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The PRESERVED ones of ``entries`` (shape ``(n,)``), in order; shape ``(m,)``."""
+    found: NDArray[np.uint64] = entries[entries >> np.uint64(_KIND_SHIFT) == np.uint64(Residence.PRESERVED)]
+    return found
+
+
+def places(entries: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """:func:`entry_place` and :func:`entry_granules` of PRESERVED entries; shapes ``(n,)``."""
+    granules = entries >> np.uint64(_GRANULES_SHIFT) & np.uint64(_GRANULES_MASK)
+    return (entries & np.uint64(_PLACE_MASK)).astype(np.int64), granules.astype(np.int64)
 
 
 class Ledger:
@@ -219,6 +268,11 @@ class Ledger:
     def totals(self) -> dict[Residence, int]:
         """Pages whose entry names each non-resident residence."""
         return {kind: self._totals[kind] for kind in (Residence.ZERO, Residence.LAYER, Residence.PRESERVED)}
+
+    @property
+    def preserved(self) -> int:
+        """Pages whose entry is PRESERVED."""
+        return self._totals[Residence.PRESERVED]
 
     def layers(self) -> dict[int, LayerRecord]:
         """The recorded layers by slot.

@@ -24,6 +24,7 @@ from hvaqemu.fields import Config, Count, Flag, HostPath, Location, Name, Second
 from hvaqemu.image_config import DEFAULT_IMAGE, ImageConfig
 from hvaqemu.qemu import user_args
 from hvaqemu.qemu.profile import PROFILES, MachineProfile
+from hvaqemu.units import format_size
 
 PROTECTION_LEAST = 0.05
 
@@ -49,6 +50,13 @@ class ExtraDisk(Config):
 
     path: HostPath
     read_only: Flag = False
+
+
+class StoreConfig(Config):
+    """The compressed store of the VM's paged-out pages."""
+
+    #: Bytes it may occupy; None: a quarter of the VM's memory.
+    limit: Size | None = None
 
 
 def _long_enough(seconds: float) -> float:
@@ -81,6 +89,7 @@ class VmConfig(Config):
     #: An image's name, the path of a file that describes one, or the description itself.
     image: Annotated[str | ImageConfig, WrapValidator(_image_value)] = DEFAULT_IMAGE
     extra_disks: tuple[ExtraDisk, ...] = ()
+    store: StoreConfig = StoreConfig()
     #: Put behind the image's own on the guest kernel's command line.
     kernel_args: Annotated[str, AfterValidator(_without_line_ends)] = ""
     #: Put behind QEMU's own arguments; what would be unsafe is refused here.
@@ -96,6 +105,14 @@ class VmConfig(Config):
     def profile(self) -> MachineProfile:
         return PROFILES[self.machine]
 
+    @property
+    def store_limit(self) -> int:
+        """Bytes the compressed store may occupy.
+
+        A quarter by default: stable pages of a guest compress to a quarter of their size.
+        """
+        return self.memory // 4 if self.store.limit is None else self.store.limit
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         profile = PROFILES.get(self.machine)
@@ -105,6 +122,8 @@ class VmConfig(Config):
         wrong: list[tuple[Location, str]] = []
         if why := profile.check_memory(self.memory):
             wrong.append((("memory",), why))
+        if self.store_limit > self.memory:
+            wrong.append((("store", "limit"), f"is more than the VM's memory, {format_size(self.memory)}"))
         if self.cpus > profile.max_cpus:
             wrong.append((("cpus",), f"{self.cpus} is more than the {profile.max_cpus} of {profile.name}"))
         first: dict[Path, int] = {}

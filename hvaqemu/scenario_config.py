@@ -28,6 +28,7 @@ class ReclaimState(StrEnum):
     UNUSED = "unused"
     VOLATILE = "volatile"
     POTENTIAL = "potential"
+    STABLE = "stable"
 
 
 #: What is discarded where nobody says otherwise.
@@ -154,10 +155,22 @@ class Bounds(Config):
 
 
 class Expectation(Config):
-    """What must hold of a measure."""
+    """What must hold of a measure: of its backing, or of that and the compressed store together."""
 
     measure: Name
-    backing: Bounds
+    backing: Bounds | None = None
+    backing_and_store: Bounds | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.bounds():
+            complain(((), "needs backing or backing_and_store"))
+        return self
+
+    def bounds(self) -> list[tuple[str, Bounds]]:
+        """What is bounded, by the name of its key."""
+        found = (("backing", self.backing), ("backing_and_store", self.backing_and_store))
+        return [(name, bounds) for name, bounds in found if bounds is not None]
 
 
 class ExpectStep(Config):
@@ -251,8 +264,9 @@ def _complaints(scenario: Scenario) -> Iterator[tuple[Location, str]]:
         elif isinstance(step, ExpectStep):
             if step.expect.measure not in measured:
                 yield (*here, "expect", "measure"), f"no earlier step measures {step.expect.measure!r}"
-            if step.expect.backing.of is not None and step.expect.backing.of not in measured:
-                yield (*here, "expect", "backing", "of"), f"no earlier step measures {step.expect.backing.of!r}"
+            for key, bounds in step.expect.bounds():
+                if bounds.of is not None and bounds.of not in measured:
+                    yield (*here, "expect", key, "of"), f"no earlier step measures {bounds.of!r}"
         elif isinstance(step, ReclaimStep):
             if running:
                 yield (*here, "reclaim"), "an earlier `every` still runs; put `reclaim: stop` before this"

@@ -31,7 +31,7 @@ from hvaqemu.pages import Run
 from hvaqemu.qemu.process import QemuProcess
 from tests.kernel.harness import PAGE, block
 
-COPIES, FREE, PRECIOUS = range(64), range(64, 128), range(128, 256)
+COPIES, FREE, PRECIOUS, COLD = range(64), range(64, 128), range(128, 192), range(192, 256)
 #: Copies that a guest frees.
 FREED = range(32, 64)
 PAGES = 256
@@ -62,7 +62,7 @@ class Machine:
         self.child.stdout.readline()
         self.expected: dict[int, set[int]] = {}
         self._lock = asyncio.Lock()
-        self.driver = EpochDriver(PAGES, 5.0)
+        self.driver = EpochDriver(PAGES, 5.0, store=PAGES * PAGE)
         self.parent = PagerParent()
         self.pager = PagerHandle(folder, self.parent, self._on_event)
         self.process: QemuProcess | None = None
@@ -75,7 +75,7 @@ class Machine:
         build_index(golden, self.folder / "golden.idx")
         links = descriptors(self.child.pid)
         ram = next(fd for fd, link in links.items() if "memory-backend" in link)
-        content = [block(pfn) for pfn in range(PAGES)]
+        content = [cold(pfn) if pfn in COLD else block(pfn) for pfn in range(PAGES)]
         await asyncio.to_thread(Path(f"/proc/{self.child.pid}/fd/{ram}").write_bytes, b"".join(content))
         for pfn, data in enumerate(content):
             self.expected[pfn] = {zlib.crc32(data)}
@@ -187,11 +187,16 @@ class Machine:
         self.child.stdin.write(line + "\n")
         return self.child.stdout.readline()
 
-    async def epoch(self) -> dict[str, Any] | None:
-        """One epoch over copies and free pages, with a write while they are protected; None if its pager died."""
+    async def epoch(self, *, stable: bool = False) -> dict[str, Any] | None:
+        """One epoch over copies and free pages, with a write while they are protected; None if its pager died.
+
+        :param stable: page out others too.
+        """
         wanted = np.zeros(PAGES, dtype=np.uint8)
         wanted[COPIES.start : COPIES.stop] = Member.COPY
         wanted[FREE.start : FREE.stop] = Member.UNUSED
+        if stable:
+            wanted[PRECIOUS.start : COLD.stop] = Member.STABLE
         for pfn in FREE:
             # A free page has its old bytes until it is discarded.
             self.expected[pfn] |= {zlib.crc32(bytes(PAGE))}
@@ -220,6 +225,11 @@ class Machine:
             found = await self.read(pfn)
             assert found in self.expected[pfn], f"page {pfn} is wrong"
             self.expected[pfn] = {found}
+
+
+def cold(pfn: int) -> bytes:
+    """A page that compresses; two neighbours have the same."""
+    return block(pfn & ~1)[:900] + b"cold" * 799
 
 
 class _Guest:

@@ -19,6 +19,7 @@ from hva_host.memory.layers import Layer, open_layer
 from hva_host.pager.attach import attach
 from hva_host.pager.epoch import Epoch, Member
 from hva_host.pager.fetch import Fetcher
+from hva_host.pager.preserve import Preserver
 from hva_host.pager.prove import Prover
 from hva_host.pager.refaults import Refaults
 from hva_host.pager.sources import Sources
@@ -48,7 +49,9 @@ class Guest:
         self.fetcher = Fetcher()
         self.prover = Prover(self.ram)
         self.epoch: Epoch | None = None
-        self.refaults = Refaults(self.ram, self._leave, self.fetcher)
+        self.preserver = Preserver(self.ram)
+        self.preserver.limit = self.ram.pages * PAGE
+        self.refaults = Refaults(self.ram, self._leave, self.fetcher, self.preserver.coldness.came_back)
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +119,8 @@ class Guest:
         wanted = np.zeros(part.pages, dtype=np.uint8)
         for pfn, member in members.items():
             wanted[pfn - part.start] = member
-        self.epoch = Epoch(self.ram, self.prover, wanted, seconds, part.start)
+        self.preserver.round += 1
+        self.epoch = Epoch(self.ram, self.prover, wanted, seconds, part.start, self.preserver)
         return self.epoch
 
     def confirm_all(self, epoch: Epoch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from hva_host.pager import epoch as epoch_module
@@ -223,6 +223,9 @@ def test_a_failed_punch_leaves_present_pages_without_entry(guest: Guest, monkeyp
     assert "Cannot allocate memory" in epoch.note
 
 
+#: What a host agent asks for.
+_ASKED = [member for member in Member if member is not Member.NO_COPY]
+
 actions = st.lists(
     st.tuples(st.sampled_from(["read", "write", "write", "punch", "none"]), st.integers(0, 15)), min_size=8, max_size=40
 )
@@ -231,8 +234,8 @@ actions = st.lists(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     plan=actions,
-    members=st.lists(st.sampled_from([*Member, Member.UNUSED, Member.UNUSED]), min_size=16, max_size=16),
-    content=st.lists(st.sampled_from(["zero", "layer", "own", "absent"]), min_size=16, max_size=16),
+    members=st.lists(st.sampled_from([*_ASKED, Member.UNUSED, Member.UNUSED]), min_size=16, max_size=16),
+    content=st.lists(st.sampled_from(["zero", "layer", "own", "soft", "same", "absent"]), min_size=16, max_size=16),
     free=st.lists(st.sampled_from([True, True, False]), min_size=16, max_size=16),
     slice_pages=st.sampled_from([1, 3, 512]),
     early=st.booleans(),
@@ -254,12 +257,20 @@ def test_no_interleaving_changes_a_byte_that_matters(
     monkeypatch.setattr(guest.prover, "pages", slice_pages)
     monkeypatch.setattr("hva_host.pager.epoch._DISCARD_PAGES", slice_pages)
     monkeypatch.setattr("hva_host.pager.epoch._SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("hva_host.pager.epoch.SLICE_PAGES", min(slice_pages, 32))
+    monkeypatch.setattr("hva_host.pager.coldness.SHARES", (1.0,))
+    monkeypatch.setattr("hva_host.pager.coldness.HOT", 1e9)
+    monkeypatch.setattr("hva_host.pager.coldness.WATCHED_SECONDS", 0.0)
+    monkeypatch.setattr("hva_host.pager.coldness._REST_TICKS", 0)
     guest.ram.backing.punch(Run(0, PAGES))
-    guest.ram.ledger.erase(0, guest.ram.pages)
+    guest.ram.erase(0, guest.ram.pages)
+    assert guest.ram.store.used_bytes() == 0
     model = [ZERO] * 16
     for pfn, kind in enumerate(content):
         if kind != "absent":
-            model[pfn] = {"zero": ZERO, "layer": block(pfn), "own": block(pfn + 100)}[kind]
+            soft, same = b"%4d" % pfn * 1024, b"same" * 1024
+            own = {"zero": ZERO, "layer": block(pfn), "own": block(pfn + 100), "soft": soft, "same": same}
+            model[pfn] = own[kind]
             guest.fill(pfn, model[pfn])
     # The guest says the truth: a page it calls free holds nothing that matters until it is written again.
     matters = [not (members[pfn] is Member.UNUSED and free[pfn]) for pfn in range(16)]
@@ -301,6 +312,10 @@ def test_no_interleaving_changes_a_byte_that_matters(
             act()
             scan[:16] = [free[pfn] and not written[pfn] for pfn in range(16)]
             epoch.confirm(epoch.identifier, 2, scan.copy())
+    if any(member is Member.STABLE and kind == "soft" for member, kind in zip(members, content, strict=True)):
+        event("asked to page something out")
+    if epoch.counts["discarded_store"]:
+        event("paged out")
     # A page the balloon took after protection comes back as zeros, with an entry or without.
     for pfn in absent_at_protect - punched:
         assert guest.ram.ledger.entries[pfn] == 0
@@ -312,5 +327,6 @@ def test_no_interleaving_changes_a_byte_that_matters(
         elif written[pfn]:
             assert bytes.fromhex(head)[:4] == model[pfn][:4], pfn
     counts = epoch.counts
-    total = counts["discarded_zero"] + counts["discarded_layer"] + counts["touched"]
-    assert counts["candidates"] == total + counts["unmatched"] + counts["unconfirmed"]
+    discarded = counts["discarded_zero"] + counts["discarded_layer"] + counts["discarded_store"]
+    kept = counts["touched"] + counts["unmatched"] + counts["unconfirmed"] + counts["unpreserved"]
+    assert counts["candidates"] == discarded + kept

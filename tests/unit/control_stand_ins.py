@@ -55,6 +55,10 @@ def epoch(number: int, discarded: int) -> EpochStats:
         discarded=discarded,
         discarded_zero=0,
         discarded_layer=discarded,
+        discarded_store=0,
+        unpreserved=0,
+        later=0,
+        resting=0,
         resident_before=10_000,
         seconds=PhaseSeconds(total=0.25),
         protected_s=0.2,
@@ -112,6 +116,8 @@ class StandInVm:
             discarded=sum(stats.discarded for stats in done),
             backing_before_bytes=200 << 20,
             backing_after_bytes=100 << 20,
+            store_before_bytes=0,
+            store_after_bytes=0,
             seconds=1.5,
         )
 

@@ -55,6 +55,10 @@ def an_epoch(number: int = 1, discarded: int = 100) -> EpochStats:
         discarded=discarded,
         discarded_zero=discarded // 2,
         discarded_layer=discarded - discarded // 2,
+        discarded_store=0,
+        unpreserved=0,
+        later=0,
+        resting=0,
         resident_before=1000,
         seconds=PhaseSeconds(total=0.1),
         protected_s=0.08,
@@ -68,6 +72,7 @@ def a_sample(at: float = 0.0) -> Sample:
         zero_pages=256,
         layer_pages=512,
         preserved_pages=0,
+        store_bytes=0,
         refault_pages=int(at * 100),
         states={"stable": 10_000, "unused": 100_000, "volatile": 20_000, "potential": 72},
     )
@@ -150,6 +155,8 @@ class StandInVm:
             discarded=sum(epoch.discarded for epoch in epochs),
             backing_before_bytes=100 * MiB,
             backing_after_bytes=50 * MiB,
+            store_before_bytes=0,
+            store_after_bytes=0,
             seconds=0.1,
         )
 

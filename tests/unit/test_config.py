@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hvaqemu.config import Accelerator, ExtraDisk, VmConfig, image_path, load_vm
+from hvaqemu.config import Accelerator, ExtraDisk, StoreConfig, VmConfig, image_path, load_vm
 from hvaqemu.errors import ConfigError
 from hvaqemu.image_config import ImageConfig, load_image
 from hvaqemu.units import GiB, MiB
@@ -29,6 +29,15 @@ def complaint(folder: Path, text: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_vm(write(folder, text))
     return str(caught.value).removeprefix(f"{folder}/")
+
+
+def test_the_store_is_a_quarter_of_the_memory_unless_said(tmp_path: Path) -> None:
+    assert load_vm(write(tmp_path, VM)).store_limit == 128 * MiB
+    assert load_vm(write(tmp_path, f"{VM}store: {{limit: 3M}}\n")).store_limit == 3 * MiB
+    assert load_vm(write(tmp_path, f"{VM}store: {{limit: 0}}\n")).store_limit == 0
+    said = complaint(tmp_path, f"{VM}store:\n  limit: 513M\n")
+    assert said == "vm.yaml:4: key store.limit: is more than the VM's memory, 512.0 MiB"
+    assert "key store.size: is not a known key" in complaint(tmp_path, f"{VM}store: {{size: 1M}}\n")
 
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)
@@ -55,6 +64,7 @@ vms = st.builds(
     ),
     kernel_args=st.from_regex(r"[ -~]{0,20}", fullmatch=True),
     qemu_args=st.lists(st.sampled_from(["-usb", "-no-reboot", "--snapshot"]), max_size=3).map(tuple),
+    store=st.builds(StoreConfig, limit=st.none() | st.integers(0, 128 * MiB)),
     allow_exec=st.booleans(),
     boot_timeout=st.floats(1e-6, 1e6),
     protection_limit=st.floats(0.05, 1e3),

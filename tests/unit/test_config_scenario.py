@@ -171,6 +171,11 @@ def test_json_round_trip(steps: list[Step], run_beside: bool) -> None:
             " - measure: a\n - expect: {measure: a, backing: {max_ratio: 0.5, of: b}}\n",
             "s.yaml:4: key steps[1].expect.backing.of: no earlier step measures 'b'",
         ),
+        (" - measure: a\n - expect: {measure: a}\n", "s.yaml:4: key steps[1].expect: needs backing or backing_and_st"),
+        (
+            " - measure: a\n - expect: {measure: a, backing_and_store: {max_ratio: 0.5, of: b}}\n",
+            "s.yaml:4: key steps[1].expect.backing_and_store.of: no earlier step measures 'b'",
+        ),
         (" - balloon: 1G\n", "s.yaml:3: key steps[0].balloon: must be more than nothing and at most 512.0 MiB"),
         (" - sleep: x\n", "s.yaml:3: key steps[0].sleep: 'x' is not a duration"),
     ],

@@ -81,6 +81,18 @@ def test_the_table_fits_and_holds_every_figure(width: int) -> None:
     assert "…" not in text
 
 
+def test_the_store_counts_as_memory_and_has_its_columns() -> None:
+    first = a_measure(400 * MiB)
+    paged_out = a_measure(20 * MiB).model_copy(update={"preserved_pages": 30 * 256, "store_bytes": 10 * MiB})
+    assert saving(paged_out, first) == "92 %"
+    report = a_report().model_copy(update={"measures": {"filled": first, "reclaimed": paged_out}})
+    for width in (80, WIDE):
+        text = report_text(report, width)
+        assert all(len(line) <= width for line in text.splitlines())
+        assert all(figure in text for figure in ("paged", "30.0", "10.0", "92 %"))
+    assert "paged" not in report_text(a_report(), 80)
+
+
 def test_brackets_of_names_are_no_markup() -> None:
     assert "same [a], b" in report_text(a_report())
 

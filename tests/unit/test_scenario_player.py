@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hva_host.agent.model import ExecResult
+from hva_host.agent.model import ExecResult, Measure
 from hva_host.report.model import Outcome
 from hva_host.scenario import player as player_module
 from hva_host.scenario.player import Player
@@ -83,6 +83,25 @@ async def test_failed_checks_are_collected_and_the_rest_is_played(tmp_path: Path
     assert player.failures == ["b is not the same as a", "backing of m: 100.0 MiB is more than 1.0 MiB"]
     expected = [Outcome.OK, Outcome.OK, Outcome.FAILED, Outcome.OK, Outcome.FAILED, Outcome.OK]
     assert outcomes(player) == expected
+
+
+async def test_backing_and_store_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = StandInVm(tmp_path)
+    plain = vm.measure
+
+    async def with_store() -> Measure:
+        return (await plain()).model_copy(update={"store_bytes": 7 * MiB})
+
+    monkeypatch.setattr(vm, "measure", with_store)
+    player = await played(
+        vm,
+        {"measure": "m"},
+        {"expect": {"measure": "m", "backing": {"max": "400M"}, "backing_and_store": {"max": "407M"}}},
+        {"expect": {"measure": "m", "backing_and_store": {"max": "1M"}}},
+    )
+    (failure,) = player.failures
+    assert failure.startswith("backing and store of m: ")
+    assert failure.endswith("7.0 MiB is more than 1.0 MiB")
 
 
 async def test_outputs_are_compared_as_bytes(tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ from hvaqemu.scenario_config import (
             "expect m >= 1 MiB and <= 2 MiB",
         ),
         (
+            ExpectStep.model_validate({"expect": {"measure": "m", "backing_and_store": {"max": "2M"}}}),
+            "expect m with store <= 2 MiB",
+        ),
+        (
             ExpectStep.model_validate({"expect": {"measure": "m", "backing": {"of": "n", "max_ratio": 0.17}}}),
             "expect m <= 0.17 of n",
         ),

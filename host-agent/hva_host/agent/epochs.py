@@ -7,6 +7,7 @@ pager without confirmation, and its own deadline ends the epoch.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -34,10 +35,10 @@ _SCAN_SECONDS_PER_MILLION = 15.0
 _GRACE_SECONDS = 10.0
 _ABANDON_SECONDS = 2.0
 #: Of a slice that is tried again, what is counted then.
-_LEFT = {"unmatched": 0, "unconfirmed": 0, "note": ""}
+_LEFT = {"unmatched": 0, "unconfirmed": 0, "unpreserved": 0, "later": 0, "resting": 0, "note": ""}
 _COUNTS = (
-    *("candidates", "proven", "touched", "unmatched", "unconfirmed"),
-    *("discarded", "discarded_zero", "discarded_layer", "freed"),
+    *("candidates", "proven", "touched", "unmatched", "unconfirmed", "unpreserved", "later", "resting"),
+    *("discarded", "discarded_zero", "discarded_layer", "discarded_store", "freed"),
 )
 
 
@@ -45,10 +46,14 @@ class EpochDriver:
     """Runs one epoch at a time for one VM.
 
     :param protection: how long a page may stay protected, in seconds.
+    :param store: bytes the VM's compressed store may occupy.
     """
 
-    def __init__(self, pages: int, protection: float) -> None:
+    def __init__(self, pages: int, protection: float, store: int = 0) -> None:
         self._pages = pages
+        self._store = store
+        #: The slices of one epoch have one number; a pager that served another host agent knows it by another.
+        self._round = secrets.randbits(32)
         self._protection = protection
         self._slices = Slices(protection)
         #: The newest event of each name, and that one came.
@@ -81,10 +86,11 @@ class EpochDriver:
             states = [state for state in states if state is not ReclaimState.UNUSED]
         classes = self.report.classes if self.report is not None else None
         wanted = members(classes, self._pages, states, sift=sift)
-        done = []
+        done: list[dict[str, Any]] = []
         for part in self._slices.over(wanted):
             members_of = wanted[part.start : part.stop]
-            done.append(await self.transact(pager, members_of, self._protection, guest, part.start))
+            said = self.transact(pager, members_of, self._protection, guest, part.start, goes_on=bool(done))
+            done.append(await said)
             self._slices.took(done[-1]["protected_s"])
             if self._slices.again:
                 done[-1] |= {"candidates": done[-1]["discarded"] + done[-1]["touched"], **_LEFT}
@@ -99,15 +105,20 @@ class EpochDriver:
         seconds: float,
         guest: GuestLink | None = None,
         first: int = 0,
+        *,
+        goes_on: bool = False,
     ) -> dict[str, Any]:
         """Have the pager do one slice of an epoch, carrying the guest's confirmations; what the pager said of it.
 
         :param wanted: uint8 ``Member`` values of pfns from ``first`` on, shape ``(n,)``.
         :param seconds: when protection ends at the latest.
         :param guest: who confirms UNUSED pages; None: nobody does.
+        :param goes_on: it is a further slice of the epoch of the call before.
         :raise HvaError: as :meth:`run`.
         """
-        number = (await pager.call("begin-epoch", {"seconds": seconds, "first": first}, wanted.tobytes()))["number"]
+        self._round += not goes_on
+        arguments = {"seconds": seconds, "first": first, "store": self._store, "round": self._round}
+        number = (await pager.call("begin-epoch", arguments, wanted.tobytes()))["number"]
         reach("agent.epoch.begun")
         limit = seconds + _GRACE_SECONDS
         try:

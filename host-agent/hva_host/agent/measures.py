@@ -64,6 +64,7 @@ def sample(pager: Mapping[str, Any], process: QemuProcess, report: ScanReport | 
         zero_pages=pager["zero_pages"],
         layer_pages=pager["layer_pages"],
         preserved_pages=pager["preserved_pages"],
+        store_bytes=pager["store_bytes"],
         refault_pages=pager["refault_pages"],
         states={state.name.lower(): count for state, count in report.totals.items()} if report else {},
     )

@@ -22,19 +22,25 @@ def members(
     :param sift: also look for zeros among the pages the guest wants kept.
     """
     wanted = np.full(pages, Member.OUT, dtype=np.uint8)
+    stable = ReclaimState.STABLE in states
     if class_map is None:
         if ReclaimState.VOLATILE in states:
-            wanted[:] = Member.COPY
+            wanted[:] = Member.COPY_OR_STABLE if stable else Member.COPY
+        elif stable:
+            wanted[:] = Member.STABLE
         return wanted
     found = class_map & STATE_MASK
-    if sift:
+    if stable:
+        # Whatever holds content: a page of a file that no layer holds is as good as any other.
+        wanted[found != PageState.UNUSED] = Member.STABLE
+    elif sift:
         wanted[found == PageState.STABLE] = Member.SIFT
     if ReclaimState.UNUSED in states:
         wanted[found == PageState.UNUSED] = Member.UNUSED
     if ReclaimState.VOLATILE in states:
-        wanted[found == PageState.VOLATILE] = Member.COPY
+        wanted[found == PageState.VOLATILE] = Member.COPY_OR_STABLE if stable else Member.COPY
     if ReclaimState.POTENTIAL in states:
-        wanted[found == PageState.POTENTIAL] = Member.COPY
+        wanted[found == PageState.POTENTIAL] = Member.COPY_OR_STABLE if stable else Member.COPY
     return wanted
 
 

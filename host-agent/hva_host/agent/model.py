@@ -66,6 +66,7 @@ class Sample(Record):
     zero_pages: int
     layer_pages: int
     preserved_pages: int
+    store_bytes: int
     refault_pages: int
     #: Pages by state in the guest's newest scan (names of ``PageState`` in lower case); empty before the first.
     states: dict[str, int] = {}
@@ -77,13 +78,14 @@ class PhaseSeconds(Record):
     scan: float = 0.0
     protect: float = 0.0
     prove: float = 0.0
+    preserve: float = 0.0
     confirm: float = 0.0
     discard: float = 0.0
     total: float = 0.0
 
 
 class EpochStats(Record):
-    """What one epoch did, in pages. candidates = discarded + touched + unmatched + unconfirmed."""
+    """What one epoch did, in pages. candidates = discarded + touched + unmatched + unconfirmed + unpreserved."""
 
     number: int
     #: Candidates that were present once protected.
@@ -96,9 +98,15 @@ class EpochStats(Record):
     unmatched: int
     #: UNUSED candidates that two scans did not confirm in time.
     unconfirmed: int
+    #: STABLE candidates that do not compress, or that the store had no room for.
+    unpreserved: int
+    #: STABLE pages that were no candidates: until more is known of their region, and because they were used lately.
+    later: int
+    resting: int
     discarded: int
     discarded_zero: int
     discarded_layer: int
+    discarded_store: int
     #: Discarded pages the guest has freed since: they come back as zeros, not from their layer.
     freed: int = 0
     resident_before: int
@@ -157,6 +165,8 @@ class ReclaimResult(Record):
     discarded: int
     backing_before_bytes: int
     backing_after_bytes: int
+    store_before_bytes: int
+    store_after_bytes: int
     seconds: float
 
 

@@ -15,13 +15,16 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.members import in_turn
 from hva_host.agent.model import EpochStats, ReclaimResult
 from hva_host.agent.pager_process import PagerHandle, call
+from hva_host.pager.coldness import WATCHED_SECONDS
 from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.scenario_config import ReclaimState
 
 _EPOCHS_KEPT = 32
 _EPOCHS_MAX = 32
-#: An epoch that discards less than this share of what was resident ends a reclaim.
+#: An epoch that discards less than this share of what was resident ends a reclaim; or less than so many pages, of
+#: which half is what the guest agent's own work between two epochs uses and frees.
 _GAIN_WORTH_IT = 0.01
+_PAGES_WORTH_IT = 256
 #: How long after a pager's death, and after an epoch was refused, the next is tried, in seconds.
 _RETRY_SECONDS = 0.2
 _REFUSED_SECONDS = 0.5
@@ -34,6 +37,7 @@ class Reclaimer:
     :param guest: who can be asked now; nobody, where the guest does not run.
     :param check: raises before an epoch that would not be safe.
     :param on_epoch: told of every epoch that ended.
+    :param store: bytes the compressed store may occupy.
     :ivar exclusive: held during an epoch, and by whatever must not overlap one.
     :ivar epochs: what the last ones did, oldest first.
     """
@@ -46,10 +50,11 @@ class Reclaimer:
         pager: Callable[[], PagerHandle],
         check: Callable[[], Coroutine[Any, Any, None]],
         on_epoch: Callable[[EpochStats], None],
+        store: int = 0,
     ) -> None:
         self.exclusive = asyncio.Lock()
         self.epochs: deque[EpochStats] = deque(maxlen=_EPOCHS_KEPT)
-        self._driver = EpochDriver(pages, protection)
+        self._driver = EpochDriver(pages, protection, store)
         self._guest = guest
         self._pager = pager
         self._check = check
@@ -74,7 +79,7 @@ class Reclaimer:
         :raise RefusedError: something runs or is attached that makes discarding unsafe.
         :raise HvaError: a peer went or was silent.
         """
-        began, before = time.monotonic(), await self._backing()
+        began, before = time.monotonic(), await self._memory()
         done: list[EpochStats] = []
         limit = epochs if epochs is not None else _EPOCHS_MAX
         for number in range(limit):
@@ -83,9 +88,13 @@ class Reclaimer:
             done.append(stats)
             if on_epoch is not None:
                 on_epoch(stats)
-            little = stats.discarded < _GAIN_WORTH_IT * stats.resident_before
+            worth_it = max(_PAGES_WORTH_IT, _GAIN_WORTH_IT * stats.resident_before)
+            little = stats.discarded < worth_it and stats.later < worth_it
             if epochs is None and little and len(turn) == len(states):
                 break
+            if stats.later:
+                # A sample of what is left has gone; who uses it must have the time to want it back.
+                await asyncio.sleep(WATCHED_SECONDS)
         return await self._result(done, before, began)
 
     def start(self, states: Sequence[ReclaimState], every: float) -> None:
@@ -131,7 +140,7 @@ class Reclaimer:
         return stats
 
     async def _go_on(self, states: Sequence[ReclaimState], every: float) -> ReclaimResult:
-        began, before = time.monotonic(), await self._backing()
+        began, before = time.monotonic(), await self._memory()
         done: deque[EpochStats] = deque(maxlen=1000)
         while not self._stop.is_set():
             until = time.monotonic() + every
@@ -148,14 +157,19 @@ class Reclaimer:
                     await self._stop.wait()
         return await self._result(list(done), before, began)
 
-    async def _result(self, done: list[EpochStats], before: int, began: float) -> ReclaimResult:
+    async def _result(self, done: list[EpochStats], before: tuple[int, int], began: float) -> ReclaimResult:
+        after = await self._memory()
         return ReclaimResult(
             epochs=done,
             discarded=sum(stats.discarded for stats in done),
-            backing_before_bytes=before,
-            backing_after_bytes=await self._backing(),
+            backing_before_bytes=before[0],
+            backing_after_bytes=after[0],
+            store_before_bytes=before[1],
+            store_after_bytes=after[1],
             seconds=time.monotonic() - began,
         )
 
-    async def _backing(self) -> int:
-        return int((await call(self._pager(), "status"))["backing_bytes"])
+    async def _memory(self) -> tuple[int, int]:
+        """Bytes of backing and of the compressed store."""
+        status = await call(self._pager(), "status")
+        return int(status["backing_bytes"]), int(status["store_bytes"])

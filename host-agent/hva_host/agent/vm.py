@@ -85,6 +85,7 @@ class Vm:
             lambda: self.pager,
             self._refuse_when_unsafe,
             self._on_epoch,
+            record.config.store_limit,
         )
         self._hazards = HazardWatch(self.refusals, qmp, process)
         self._monitor = Monitor(qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed)

@@ -47,7 +47,8 @@ def render(vms: list[VmStatus]) -> list[RenderableType]:
     from hvaqemu.pages import PAGE_SIZE
     from hvaqemu.units import format_duration, format_size
 
-    listed = table("NAME", "STATE", "#PROCESS", "#MEMORY", "#BACKING", "#DISCARDED", "#REFAULTS", "#UP", "GUEST AGENT")
+    figures = ("#PROCESS", "#MEMORY", "#BACKING", "#STORE", "#DISCARDED", "#REFAULTS", "#UP")
+    listed = table("NAME", "STATE", *figures, "GUEST AGENT")
     for vm in vms:
         measure = vm.measure
         gone = (measure.zero_pages + measure.layer_pages + measure.preserved_pages) if measure else 0
@@ -57,6 +58,7 @@ def render(vms: list[VmStatus]) -> list[RenderableType]:
             str(vm.pid),
             format_size(vm.memory_bytes),
             format_size(measure.backing_bytes) if measure else "?",
+            format_size(measure.store_bytes) if measure else "?",
             format_size(gone * PAGE_SIZE) if measure else "?",
             f"{measure.refaults:,}" if measure else "?",
             format_duration(measure.uptime_s) if measure else "?",

@@ -10,25 +10,22 @@ from hva_host.cli.arguments import Subparsers, add_command, add_json, add_name, 
 _DESCRIPTION = """\
 Discard pages whose content the guest does not need (unused: free pages) or that are copies of its
 disk (volatile: clean page cache; potential, where asked for: clean page cache that a process has
-mapped shared and writable, taken after volatile). Runs epochs until one gains less than 1 %. The
-guest notices nothing: what it touches again comes back with the right bytes.
+mapped shared and writable, taken after volatile); if asked, compress cold pages of any other kind
+into the VM's store (stable). Runs epochs until one gains less than 1 %. The guest notices nothing:
+what it touches again comes back with the right bytes.
 """
 _EXAMPLES = """
 hvaqemu reclaim quickstart
 hvaqemu reclaim quickstart --states unused --epochs 2
-hvaqemu reclaim quickstart --states unused,volatile,potential
+hvaqemu reclaim quickstart --states unused,volatile,potential,stable
 """
 
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "reclaim", "give a VM's unneeded memory to the host", _DESCRIPTION, _EXAMPLES)
     add_name(parser)
-    parser.add_argument(
-        "--states",
-        metavar="STATES",
-        default="unused,volatile",
-        help="which pages: some of unused, volatile and potential (default: unused,volatile)",
-    )
+    known = "which pages: some of unused, volatile, potential and stable (default: unused,volatile)"
+    parser.add_argument("--states", metavar="STATES", default="unused,volatile", help=known)
     parser.add_argument("--epochs", metavar="N", type=positive, help="exactly so many epochs")
     add_json(parser)
 
@@ -53,9 +50,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json(result.model_dump(mode="json"))
     else:
+        store = f" and a store of {format_size(result.store_after_bytes)}" if result.store_after_bytes else ""
         print(
             f"{options.name}: backing {format_size(result.backing_before_bytes)} -> "
-            f"{format_size(result.backing_after_bytes)}; {result.discarded:,} pages discarded in "
+            f"{format_size(result.backing_after_bytes)}{store}; {result.discarded:,} pages discarded in "
             f"{len(result.epochs)} epoch{'s' if len(result.epochs) != 1 else ''}, {format_duration(result.seconds)}"
         )
     return 0

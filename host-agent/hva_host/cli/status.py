@@ -113,27 +113,23 @@ def _epochs(epochs: list[EpochStats]) -> Table:
     from hva_host.cli.output import cell, table
     from hvaqemu.units import format_duration
 
-    phases = ("scan", "protect", "prove", "confirm", "discard", "total")
+    phases = ["scan", "protect", "prove", "confirm", "discard", "total"]
+    names = ["candidates", "proven", "touched", "unmatched", "unconfirmed", "discarded"]
+    if any(epoch.discarded_store or epoch.unpreserved for epoch in epochs[-_EPOCHS_SHOWN:]):
+        phases.insert(3, "preserve")
+        names[-1:] = ["unpreserved", "resting", "discarded"]
     made = table(
         "#EPOCH",
-        *(f"#{name}" for name in ("candidates", "proven", "touched", "unmatched", "unconfirmed", "discarded")),
+        *(f"#{name}" for name in names),
         *(f"#{phase}" for phase in phases),
         "#slices",
         "#protected",
         "note",
     )
     for epoch in epochs[-_EPOCHS_SHOWN:]:
-        counts = (
-            epoch.candidates,
-            epoch.proven,
-            epoch.touched,
-            epoch.unmatched,
-            epoch.unconfirmed,
-            epoch.discarded,
-        )
         made.add_row(
             str(epoch.number),
-            *(f"{count:,}" for count in counts),
+            *(f"{getattr(epoch, name):,}" for name in names),
             *(format_duration(getattr(epoch.seconds, phase)) for phase in phases),
             str(epoch.slices),
             format_duration(epoch.protected_s),

@@ -1,7 +1,7 @@
 """Attaching to a running QEMU by pid: first attach and re-attach after a crash are the same.
 
-Order: lock the ledger → register → presence: erase entries of present pages → unprotect everything → wake everyone
-(re-delivers what a dead pager had read and not answered) → serve.
+Order: lock the ledger → register → presence: erase entries of present pages → derive what of the store is in use →
+unprotect everything → wake everyone (re-delivers what a dead pager had read and not answered) → serve.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from hva_host.memory.backing import Backing
 from hva_host.memory.layers import LayerBetrayed
 from hva_host.memory.ledger import LEDGER_NAME, Ledger, recorded_ram
+from hva_host.memory.store import Store
 from hva_host.memory.syscalls import pidfd_getfd
 from hva_host.memory.userfaultfd import Userfaultfd
 from hva_host.pager import refusals
@@ -50,10 +51,12 @@ def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
     uffd.handshake()
     uffd.register(base, backing.pages << PAGE_SHIFT)
     reach("pager.attach.registered")
-    ram = Ram(uffd, base, backing, ledger, store_fd)
+    ram = Ram(uffd, base, backing, ledger, Store(store_fd, backing.pages))
     _open_layers(ram, sources)
     ram.erase_present(0, ram.pages)
     reach("pager.attach.erased")
+    ram.store.derive(ledger.entries)
+    reach("pager.attach.derived")
     ram.unprotect(Run(0, ram.pages))
     reach("pager.attach.unprotected")
     ram.wake(Run(0, ram.pages))

@@ -17,6 +17,7 @@ from hva_host.pager import refusals
 from hva_host.pager.epoch import Epoch, Phase
 from hva_host.pager.fetch import Fetcher
 from hva_host.pager.messages import Message
+from hva_host.pager.preserve import Preserver
 from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
 from hva_host.pager.refaults import Refaults
@@ -39,11 +40,20 @@ class Commands:
     """
 
     def __init__(
-        self, pid: int, ram: Ram, refaults: Refaults, fetcher: Fetcher, work: Work, server: Server, sources: Sources
+        self,
+        pid: int,
+        ram: Ram,
+        refaults: Refaults,
+        preserver: Preserver,
+        fetcher: Fetcher,
+        work: Work,
+        server: Server,
+        sources: Sources,
     ) -> None:
         self._pid = pid
         self._ram = ram
         self._refaults = refaults
+        self._preserver = preserver
         self._fetcher = fetcher
         self._work = work
         self._server = server
@@ -124,7 +134,9 @@ class Commands:
         self._work.refuse_when_busy()
         refusals.refuse(self._pid, self._ram.backing)
         wanted = np.frombuffer(payload, np.uint8)
-        epoch = Epoch(self._ram, self._prover, wanted, float(arguments["seconds"]), int(arguments["first"]))
+        self._preserver.limit, self._preserver.round = int(arguments["store"]), int(arguments["round"])
+        seconds, first = float(arguments["seconds"]), int(arguments["first"])
+        epoch = Epoch(self._ram, self._prover, wanted, seconds, first, self._preserver)
         self._work.begin(epoch.steps(), lambda: self._epoch_done(epoch), epoch)
         return {"number": epoch.number}
 
@@ -134,7 +146,7 @@ class Commands:
         data = {
             "number": epoch.number,
             **epoch.counts,
-            "discarded": epoch.counts["discarded_zero"] + epoch.counts["discarded_layer"],
+            "discarded": sum(count for name, count in epoch.counts.items() if name.startswith("discarded_")),
             "resident_before": epoch.resident_before,
             "seconds": epoch.seconds,
             "protected_s": epoch.protected_seconds,
@@ -214,7 +226,7 @@ class Commands:
             "first_touches": int(counters[Counter.FIRST_TOUCHES]),
             "write_faults": int(counters[Counter.WRITE_FAULTS]),
             "epochs": int(counters[Counter.EPOCHS]),
-            "store_bytes": self._ram.store_bytes(),
+            "store_bytes": self._ram.store.used_bytes(),
             "stalls": self._refaults.stalls.as_dict(),
             "phase": epoch.phase if epoch else Phase.DONE,
             "held": self._held(),

@@ -4,6 +4,7 @@ The rules, and what in here keeps them:
 
 * Nothing is discarded on a report. Copies are compared byte for byte while protected; UNUSED pages are confirmed free
   by two scans of the guest that began after protection, answering an identifier made after protection.
+* STABLE pages go with the bytes that were read, under that same protection, for the store.
 * Only pages present after protecting are candidates: :meth:`Epoch._drop_absent`.
 * Any event on a page takes it out before it is answered: whoever answers calls :meth:`Epoch.leave` first. Whoever
   answers is the thread that runs :meth:`Epoch.steps`, which discards without giving way between looking at the
@@ -20,14 +21,15 @@ import enum
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hva_host.memory.ledger import ZERO_ENTRY, Counter
+from hva_host.memory.ledger import ZERO_ENTRY, Counter, preserved_of
 from hva_host.memory.runs import runs_of, runs_of_pfns
 from hva_host.pager.freed import Freed
+from hva_host.pager.preserve import SLICE_PAGES, Preserver
 from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
 from hvaqemu.faultpoints import reach
@@ -41,8 +43,8 @@ _SLICE_SECONDS = 0.001
 _DISCARD_PAGES = 2048
 _NOT_CACHED_PASSES = 3
 _COUNTS = (
-    *("candidates", "proven", "touched", "unmatched", "unconfirmed"),
-    *("discarded_zero", "discarded_layer", "freed"),
+    *("candidates", "proven", "touched", "unmatched", "unconfirmed", "unpreserved"),
+    *("discarded_zero", "discarded_layer", "discarded_store", "freed", "later", "resting"),
 )
 
 
@@ -56,6 +58,12 @@ class Member(enum.IntEnum):
     UNUSED = 2
     #: Not worth protecting unless a look without protection finds all zeros: then a COPY.
     SIFT = 3
+    #: Discard if its bytes are zeros or in a layer, else page out; SIFT where it is not known to be cold.
+    STABLE = 4
+    #: The same; COPY where it is not known to be cold.
+    COPY_OR_STABLE = 5
+    #: A STABLE page that is no copy. An epoch's own finding: nobody asks for it.
+    NO_COPY = 6
 
 
 class Phase(enum.StrEnum):
@@ -64,6 +72,7 @@ class Phase(enum.StrEnum):
     SIFTING = "sifting"
     PROTECTING = "protecting"
     PROVING = "proving"
+    PRESERVING = "preserving"
     CONFIRMING = "confirming"
     DISCARDING = "discarding"
     DONE = "done"
@@ -86,10 +95,19 @@ class Epoch:
     :param wanted: uint8 :class:`Member` values of pfns from ``first`` on, shape ``(n,)``; pages that are not RESIDENT
         are ignored.
     :param seconds: how long pages may stay protected.
+    :param preserver: pages out what is STABLE; None: such pages are only compared.
     :ivar identifier: what confirmations must answer; empty until the pages are protected.
     """
 
-    def __init__(self, ram: Ram, prover: Prover, wanted: NDArray[np.uint8], seconds: float, first: int = 0) -> None:
+    def __init__(
+        self,
+        ram: Ram,
+        prover: Prover,
+        wanted: NDArray[np.uint8],
+        seconds: float,
+        first: int = 0,
+        preserver: Preserver | None = None,
+    ) -> None:
         """:raise ValueError: RAM has no such part."""
         if not 0 <= first < first + len(wanted) <= ram.pages:
             raise ValueError(f"classes of pages {first} to {first + len(wanted)} for {ram.pages} pages")
@@ -101,12 +119,13 @@ class Epoch:
         self.identifier = b""
         self.note = ""
         self.counts = dict.fromkeys(_COUNTS, 0)
-        self.seconds = dict.fromkeys(("protect", "prove", "confirm", "discard"), 0.0)
+        self.seconds = dict.fromkeys(("protect", "prove", "preserve", "confirm", "discard"), 0.0)
         #: For how long pages were protected.
         self.protected_seconds = 0.0
         self.resident_before = ram.backing.used_bytes() >> 12
         self._ram = ram
         self._prover = prover
+        self._preserver = preserver
         self._first = first
         self._stop = first + len(wanted)
         self._freed = Freed(ram, wanted == Member.UNUSED, first)
@@ -149,6 +168,8 @@ class Epoch:
         """Stop discarding; :meth:`steps` goes on to unprotect."""
         self.note = self.note or why
         self._give_up(Member.COPY, "unmatched")
+        self._give_up(Member.STABLE, "unpreserved")
+        self._give_up(Member.NO_COPY, "unpreserved")
         self._give_up(Member.UNUSED, "unconfirmed")
         self._freed.forget()
 
@@ -159,6 +180,7 @@ class Epoch:
         """
         began = time.monotonic()
         try:
+            yield from self._choose_stable()
             yield from self._sift()
             reach("pager.epoch.sifted")
             began = time.monotonic()
@@ -170,6 +192,8 @@ class Epoch:
             self.identifier = os.urandom(8) + self.number.to_bytes(8, "big")
             yield from self._timed("prove", self._prove_copies())
             reach("pager.epoch.proven")
+            yield from self._timed("preserve", self._preserve())
+            reach("pager.epoch.preserved")
             yield from self._timed("confirm", self._await_confirmation())
             reach("pager.epoch.confirmed")
             yield from self._timed("discard", self._discard_unused())
@@ -195,6 +219,19 @@ class Epoch:
             yield step
             if step is Step.CONFIRM:
                 self.seconds[name] += time.monotonic() - waiting
+
+    def _choose_stable(self) -> Iterator[Step]:
+        """Leave in what is worth paging out now; the rest is what it would be if nobody had asked for STABLE."""
+        stable, either = self._with(Member.STABLE), self._with(Member.COPY_OR_STABLE)
+        self._set(stable, Member.SIFT)
+        self._set(either, Member.COPY)
+        if self._preserver is None or not len(stable) + len(either):
+            return
+        for choice in self._preserver.choose(np.sort(np.concatenate([stable, either]))):
+            self._set(choice.pfns, Member.STABLE)
+            self.counts["later"] += choice.later
+            self.counts["resting"] += choice.resting
+            yield Step.WORK
 
     def _sift(self) -> Iterator[Step]:
         pfns = self._with(Member.SIFT)
@@ -240,21 +277,24 @@ class Epoch:
     def _prove_copies(self) -> Iterator[Step]:
         self.phase = Phase.PROVING
         for _ in range(_NOT_CACHED_PASSES):
-            pfns = self._with(Member.COPY)
+            pfns = self._with(Member.COPY, Member.STABLE)
             if not len(pfns):
-                return
+                break
             waited = False
             for chunk in _chunks(pfns, self._prover.pages):
-                chunk = self._still(chunk, Member.COPY)
+                chunk = self._still(chunk, Member.COPY, Member.STABLE)
                 waited |= self._prove_chunk(chunk)
                 yield Step.WORK
                 if self._late("the deadline came before all copies were compared"):
                     self._give_up(Member.COPY, "unmatched")
+                    self._give_up(Member.STABLE, "unpreserved")
+                    self._give_up(Member.NO_COPY, "unpreserved")
                     return
             if not waited:
                 break
             yield Step.DISK
         self._give_up(Member.COPY, "unmatched")
+        self._set(self._with(Member.STABLE), Member.NO_COPY)
 
     def _prove_chunk(self, pfns: NDArray[np.int64]) -> bool:
         """Discard what of ``pfns`` is proven; answers whether some must wait for the disk."""
@@ -265,10 +305,44 @@ class Epoch:
         reach("pager.epoch.compared")
         # No event was answered since the membership was looked at: all of these are still in.
         self._discard(pfns[proven], entries[proven])
-        unmatched = ~proven & ~postponed
-        self.counts["unmatched"] += int(np.count_nonzero(unmatched))
+        unmatched = pfns[~proven & ~postponed]
+        stable = self._still(unmatched, Member.STABLE)
+        self.counts["unmatched"] += len(unmatched) - len(stable)
         self._set(pfns[~postponed], Member.OUT)
+        self._set(stable, Member.NO_COPY)
         return bool(np.any(postponed))
+
+    def _preserve(self) -> Iterator[Step]:
+        pfns = self._with(Member.NO_COPY)
+        if self._preserver is None or not len(pfns):
+            return
+        self.phase = Phase.PRESERVING
+        self._preserver.begin()
+        for chunk in _chunks(pfns, SLICE_PAGES):
+            if self._preserve_chunk(self._preserver, self._still(chunk, Member.NO_COPY)):
+                break
+            yield Step.WORK
+            if self._late("the deadline came before all stable pages were compressed"):
+                break
+        self._give_up(Member.NO_COPY, "unpreserved")
+
+    def _preserve_chunk(self, preserver: Preserver, pfns: NDArray[np.int64]) -> bool:
+        """Page out what of ``pfns`` is worth it; answers whether the store is full."""
+        if not len(pfns):
+            return False
+        entries, full = preserver.preserve(pfns)
+        reach("pager.preserve.written")
+        stored = entries != 0
+        # No event was answered since the membership was looked at: all of these are still in, with these bytes.
+        self._discard(pfns[stored], entries[stored])
+        preserver.coldness.went(pfns[stored])
+        self._set(pfns[stored], Member.OUT)
+        if full:
+            self.note = self.note or full
+            self.counts["later"] = 0
+            return True
+        self._give_up_pages(pfns[~stored], "unpreserved")
+        return False
 
     def _await_confirmation(self) -> Iterator[Step]:
         self.phase = Phase.CONFIRMING
@@ -310,23 +384,26 @@ class Epoch:
         if not len(pfns):
             return
         self._ram.discard(pfns, entries, runs_of_pfns(pfns))
-        zero = int(np.count_nonzero(entries == np.uint64(ZERO_ENTRY)))
+        zero, store = int(np.count_nonzero(entries == np.uint64(ZERO_ENTRY))), len(preserved_of(entries))
         self.counts["proven"] += len(pfns)
         self.counts["discarded_zero"] += zero
-        self.counts["discarded_layer"] += len(pfns) - zero
+        self.counts["discarded_store"] += store
+        self.counts["discarded_layer"] += len(pfns) - zero - store
 
     def _give_up(self, member: Member, count: str) -> None:
-        pfns = self._with(member)
+        self._give_up_pages(self._with(member), count)
+
+    def _give_up_pages(self, pfns: NDArray[np.int64], count: str) -> None:
         self._set(pfns, Member.OUT)
         self.counts[count] += len(pfns)
 
-    def _with(self, member: Member) -> NDArray[np.int64]:
-        """The pfns the epoch has for this."""
-        return np.flatnonzero(self._members == member) + self._first
+    def _with(self, *members: Member) -> NDArray[np.int64]:
+        """The pfns the epoch has for one of these."""
+        return np.flatnonzero(_is_one_of(self._members, members)) + self._first
 
-    def _still(self, pfns: NDArray[np.int64], member: Member) -> NDArray[np.int64]:
-        """Those of ``pfns`` the epoch still has for this."""
-        found: NDArray[np.int64] = pfns[self._members[pfns - self._first] == member]
+    def _still(self, pfns: NDArray[np.int64], *members: Member) -> NDArray[np.int64]:
+        """Those of ``pfns`` the epoch still has for one of these."""
+        found: NDArray[np.int64] = pfns[_is_one_of(self._members[pfns - self._first], members)]
         return found
 
     def _set(self, pfns: NDArray[np.int64], member: Member) -> None:
@@ -340,6 +417,10 @@ class Epoch:
             if time.monotonic() > until:
                 yield Step.WORK
                 until = time.monotonic() + _SLICE_SECONDS
+
+
+def _is_one_of(found: NDArray[np.uint8], members: Sequence[Member]) -> NDArray[np.bool_]:
+    return np.asarray(np.logical_or.reduce([found == member for member in members]), dtype=np.bool_)
 
 
 def _chunks(pfns: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

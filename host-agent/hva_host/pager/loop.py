@@ -12,6 +12,7 @@ from pathlib import Path
 from hva_host.pager.attach import attach
 from hva_host.pager.commands import Commands
 from hva_host.pager.fetch import Fetcher
+from hva_host.pager.preserve import Preserver
 from hva_host.pager.refaults import Refaults
 from hva_host.pager.server import Server
 from hva_host.pager.sources import Sources
@@ -39,13 +40,16 @@ class Pager:
         self._ram = attach(pid, self._pidfd, sources)
         self._fetcher = Fetcher()
         self._work = Work()
-        self._refaults = Refaults(self._ram, self._work.leave, self._fetcher)
+        preserver = Preserver(self._ram)
+        self._refaults = Refaults(self._ram, self._work.leave, self._fetcher, preserver.coldness.came_back)
         self._reading_ahead = False
         self._poller = select.epoll()
         for fd in (self._ram.uffd.fd, self._pidfd, self._fetcher.fd):
             self._poller.register(fd, select.EPOLLIN)
         self._server = Server(listener, self._poller, lambda client: self._commands.gone(client))
-        self._commands = Commands(pid, self._ram, self._refaults, self._fetcher, self._work, self._server, sources)
+        self._commands = Commands(
+            pid, self._ram, self._refaults, preserver, self._fetcher, self._work, self._server, sources
+        )
 
     def run(self) -> None:
         """Serve until QEMU ends.

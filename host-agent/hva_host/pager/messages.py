@@ -8,7 +8,8 @@ bounds what the other sends.
 |---|---|---|---|
 | ``hello`` | | | pages, pid, version |
 | ``add-layer`` | path, index | | slot |
-| ``begin-epoch`` | seconds, first: pfn | a byte a page (:class:`hva_host.pager.epoch.Member`) | number |
+| ``begin-epoch`` | seconds, first: pfn, store: its limit in bytes, round: the same for all parts of an epoch | a byte a
+page (:class:`hva_host.pager.epoch.Member`) | number |
 | ``confirm`` | epoch (hex), round | a bit a page of the epoch, first page in the highest bit | accepted |
 | ``abandon`` | | | |
 | ``restore`` | | | once every page with an entry is resident: pages |

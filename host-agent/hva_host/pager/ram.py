@@ -1,4 +1,4 @@
-"""A VM's RAM as the pager holds it: the userfaultfd, the backing, the ledger and the layers, and how a page moves.
+"""A VM's RAM as the pager holds it: userfaultfd, backing, ledger, layers and store, and how a page moves.
 
 Only the pager's one thread calls in here, so between two calls nothing but QEMU changes memory, and QEMU can only
 write unprotected present pages or punch holes (its balloon).
@@ -7,7 +7,6 @@ write unprotected present pages or punch holes (its balloon).
 from __future__ import annotations
 
 import mmap
-import os
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from hva_host.memory.backing import Backing
 from hva_host.memory.layers import Layer
 from hva_host.memory.ledger import LAYERS, Counter, Ledger
+from hva_host.memory.store import Store
 from hva_host.memory.userfaultfd import Userfaultfd
 from hvaqemu.errors import PeerLost, RefusedError
 from hvaqemu.faultpoints import reach
@@ -28,21 +28,17 @@ class Ram:
     :ivar layers: open layers by ledger slot; a recorded layer that can not be opened is in ``broken`` with the reason.
     """
 
-    def __init__(self, uffd: Userfaultfd, base: int, backing: Backing, ledger: Ledger, store_fd: int) -> None:
+    def __init__(self, uffd: Userfaultfd, base: int, backing: Backing, ledger: Ledger, store: Store) -> None:
         if ledger.pages != backing.pages:
             raise ValueError(f"a ledger for {ledger.pages} pages does not fit a backing of {backing.pages}")
         self.uffd = uffd
         self.base = base
         self.backing = backing
         self.ledger = ledger
-        self._store_fd = store_fd
+        self.store = store
         self.pages = backing.pages
         self.layers: dict[int, Layer] = {}
         self.broken: dict[int, str] = {}
-
-    def store_bytes(self) -> int:
-        """What the compressed store occupies."""
-        return os.fstat(self._store_fd).st_blocks * 512
 
     def address(self, pfn: int) -> int:
         """Where QEMU has page ``pfn``."""
@@ -101,10 +97,23 @@ class Ram:
         reach("pager.discard.punched")
         self.ledger.count(Counter.DISCARDED_PAGES, len(pfns))
 
+    def erase(self, start: int, count: int) -> int:
+        """Drop the entries of ``count`` resident pages from ``start`` on; how many had one.
+
+        Their slots of the store are freed after that: killed in between, a slot is left that no entry names.
+        """
+        if not self.ledger.preserved:
+            return self.ledger.erase(start, count)
+        entries = self.ledger.entries[start : start + count].copy()
+        erased = self.ledger.erase(start, count)
+        reach("pager.erase.freed")
+        self.store.free(entries)
+        return erased
+
     def erase_present(self, start: int, stop: int) -> None:
         """Presence wins: drop the entries of present pages in pfns ``[start, stop)``."""
         for run in self.backing.present_runs(start, stop):
-            self.ledger.erase(run.start, run.pages)
+            self.erase(run.start, run.pages)
 
     def add_layer(self, layer: Layer) -> int:
         """Record a layer and let pages be matched against it; a layer recorded before keeps its slot.

@@ -18,6 +18,7 @@ import numpy as np
 
 from hva_host.memory.layers import LayerBetrayed, NotCached
 from hva_host.memory.ledger import NO_ENTRY, Counter, entry_block, entry_kind, entry_layer
+from hva_host.memory.store import StoreBetrayed
 from hva_host.memory.userfaultfd import Fault, Fill, FillResult
 from hva_host.pager.fetch import Fetched, Fetcher
 from hva_host.pager.ram import PageBuffer, Ram
@@ -42,10 +43,18 @@ class Refaults:
     """Answers faults of one VM.
 
     :param leave: told of every run before it is answered (the epoch's ``leave``).
+    :param came_back: told of every PRESERVED page that somebody touched; not of its neighbours.
     """
 
-    def __init__(self, ram: Ram, leave: Callable[[int, int], None], fetcher: Fetcher) -> None:
+    def __init__(
+        self,
+        ram: Ram,
+        leave: Callable[[int, int], None],
+        fetcher: Fetcher,
+        came_back: Callable[[int], None] = lambda _pfn: None,
+    ) -> None:
         self._ram = ram
+        self._came_back = came_back
         self._leave = leave
         self._fetcher = fetcher
         self._buffer = PageBuffer(AROUND_MAX)
@@ -114,6 +123,8 @@ class Refaults:
             return self._filled(run, ram.uffd.zero(ram.address(pfn), run.pages << PAGE_SHIFT))
         if kind == Residence.LAYER:
             return self._fill_from_layer(entry, self._layer_run(pfn, entry, length))
+        if kind == Residence.PRESERVED:
+            return self._fill_from_store(pfn, length)
         self._can_not_serve(pfn, "ledger", f"damaged entry {entry:#018x}")
         return 0
 
@@ -168,7 +179,10 @@ class Refaults:
     def _refault(self, pfn: int) -> None:
         """Answer a fault on a missing page, and remember where its reader may go on."""
         window = self._streams.window(pfn)
-        discarded = self._ram.ledger.words[pfn] != NO_ENTRY
+        entry = self._ram.ledger.words[pfn]
+        discarded = entry != NO_ENTRY
+        if entry_kind(entry) == Residence.PRESERVED:
+            self._came_back(pfn)
         filled = self.fill(pfn, window.now)
         if filled:
             self._ram.ledger.count(Counter.REFAULTS if discarded else Counter.FIRST_TOUCHES)
@@ -188,6 +202,24 @@ class Refaults:
         entries = self._ram.ledger.entries[pfn : pfn + length]
         other = np.flatnonzero(entries != np.uint64(entry) + self._steps[: len(entries)])
         return Run(pfn, int(other[0]) if len(other) else len(entries))
+
+    def _fill_from_store(self, pfn: int, length: int) -> int:
+        """Neighbours need not be neighbours in the store: each is read and checked by itself, up to one that fails."""
+        ram, count = self._ram, 0
+        for entry in ram.ledger.words[pfn : pfn + length]:
+            if entry_kind(entry) != Residence.PRESERVED:
+                break
+            try:
+                ram.store.get(entry, self._buffer.view[count << PAGE_SHIFT :])
+            except StoreBetrayed as error:
+                if not count:
+                    self._can_not_serve(pfn, "the store", error.message)
+                    return 0
+                break
+            count += 1
+        self._leave(pfn, pfn + count)
+        reach("pager.refault.checked")
+        return self._filled(Run(pfn, count), ram.uffd.copy(ram.address(pfn), self._buffer.address, count << PAGE_SHIFT))
 
     def _fill_from_layer(self, entry: int, run: Run) -> int:
         slot, block = entry_layer(entry), entry_block(entry)
@@ -235,9 +267,9 @@ class Refaults:
             for pfn in [pfn for pfn in self.held if run.start <= pfn < run.start + max(count, 1)]:
                 del self.held[pfn]
         if count:
-            ram.ledger.count(Counter.REFAULT_PAGES, ram.ledger.erase(run.start, count))
+            ram.ledger.count(Counter.REFAULT_PAGES, ram.erase(run.start, count))
         elif result.outcome is Fill.PRESENT:
-            ram.ledger.erase(run.start, 1)
+            ram.erase(run.start, 1)
             ram.wake(Run(run.start, 1))
         elif result.outcome is Fill.AGAIN:
             self._retry[run.start] = 0.0

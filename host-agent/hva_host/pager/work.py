@@ -60,8 +60,10 @@ class Work:
             return
         step = next(self._steps, None)
         if step is None:
+            finish, self._finish = self._finish, lambda: None
+            # Kept by nobody: an epoch has several bytes a page.
             self._steps = self.epoch = None
-            self._finish()
+            finish()
         elif step is Step.CONFIRM:
             self._resume_at = now + _CONFIRM_SECONDS
         elif step is Step.DISK:

@@ -26,6 +26,7 @@ _INK = "#222222"
 _FAINT = "#767676"
 #: Told apart in grey too, and by eyes that mix up red and green.
 _RESIDENCES = {"backing (resident)": "#0b5394", "discarded: in a layer": "#f2b134", "discarded: zero": "#d9d9d9"}
+_PRESERVED = {"discarded: in the compressed store": "#8e63a8"}
 _STATES = {"stable": "#0b5394", "potential": "#8e63a8", "volatile": "#f2b134", "unused": "#d9d9d9"}
 _REFAULTS = "#b3372f"
 _SHADE = "#2e8b57"
@@ -93,9 +94,13 @@ def _memory(axes: Axes, report: ScenarioReport, at: Series) -> None:
     backing = np.array([sample.backing_bytes for sample in samples], dtype=np.float64) / MiB
     layer = _mib([sample.layer_pages for sample in samples])
     zero = _mib([sample.zero_pages for sample in samples])
-    axes.stackplot(at, backing, layer, zero, labels=list(_RESIDENCES), colors=list(_RESIDENCES.values()), lw=0)
+    series, looks = [backing, layer, zero], dict(_RESIDENCES)
+    if any(sample.preserved_pages for sample in samples):
+        series.append(_mib([sample.preserved_pages for sample in samples]))
+        looks.update(_PRESERVED)
+    axes.stackplot(at, *series, labels=list(looks), colors=list(looks.values()), lw=0)
     axes.set_ylabel("guest RAM, MiB", fontsize=11, color=_INK)
-    _scale(axes, report, float((backing + layer + zero).max()))
+    _scale(axes, report, float(np.sum(series, axis=0).max()))
     _legend(axes)
 
 

@@ -51,10 +51,11 @@ _COST: list[tuple[str, Cell]] = [
 
 
 def saving(measure: Measure, first: Measure) -> str:
-    """How much less backing ``measure`` has than ``first``, as "82 %"; negative where it has more."""
-    if measure is first or not first.backing_bytes:
+    """How much less backing and store ``measure`` has than ``first``, as "82 %"; negative where it has more."""
+    before, now = first.backing_bytes + first.store_bytes, measure.backing_bytes + measure.store_bytes
+    if measure is first or not before:
         return "-"
-    return f"{round((1 - measure.backing_bytes / first.backing_bytes) * 100)} %"
+    return f"{round((1 - now / before) * 100)} %"
 
 
 def render(report: ScenarioReport, width: int) -> RenderableType:
@@ -67,10 +68,14 @@ def render(report: ScenarioReport, width: int) -> RenderableType:
             ("backing", lambda m: _mib(m.backing_bytes)),
             ("saved", lambda m: saving(m, first)),
         ]
-        if width >= WIDE:
-            parts.append(_table("MiB", report, backing + _GUEST + _COST))
+        guest = _GUEST
+        if any(measure.preserved_pages or measure.store_bytes for measure in report.measures.values()):
+            backing.insert(1, ("store", lambda m: _mib(m.store_bytes)))
+            guest = [*_GUEST[:-1], ("paged\nout", lambda m: _pages(m.preserved_pages)), _GUEST[-1]]
+        if width >= WIDE and guest is _GUEST:
+            parts.append(_table("MiB", report, backing + guest + _COST))
         else:
-            parts.append(_table("guest RAM on the host, MiB", report, backing + _GUEST))
+            parts.append(_table("guest RAM on the host, MiB", report, backing + guest))
             parts.append(Text(""))
             parts.append(_table("what it costs the host, MiB", report, _COST))
     parts.extend(_lines(report))
@@ -100,9 +105,11 @@ def _lines(report: ScenarioReport) -> Iterator[Text]:
     if report.epochs:
         discarded = sum(epoch.discarded for epoch in report.epochs)
         layer = sum(epoch.discarded_layer for epoch in report.epochs)
+        store = sum(epoch.discarded_store for epoch in report.epochs)
+        stored = f", {store:,} to the compressed store" if store else ""
         yield Text(
-            f"\nepochs: {len(report.epochs):,}; pages they discarded: {discarded:,}, {layer:,} of them to a layer; "
-            f"touched in time, so kept: {sum(epoch.touched for epoch in report.epochs):,}"
+            f"\nepochs: {len(report.epochs):,}; pages they discarded: {discarded:,}, {layer:,} of them to a layer"
+            f"{stored}; touched in time, so kept: {sum(epoch.touched for epoch in report.epochs):,}"
         )
     stalls = report.stalls
     if stalls.count:

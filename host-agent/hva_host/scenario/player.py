@@ -214,23 +214,30 @@ class Player:
         return f"{' = '.join(step.same)}"
 
     async def _expect(self, step: ExpectStep) -> str:
-        wanted = step.expect
-        value = self.measures[wanted.measure].backing_bytes
-        other = self.measures[wanted.backing.of].backing_bytes if wanted.backing.of is not None else None
-        broken = list(wanted.backing.violations(value, other))
-        if broken:
-            self.failures.extend(f"backing of {wanted.measure}: {violation}" for violation in broken)
-            return "; ".join(broken)
-        ratio = f", {value / other:.3f} of {wanted.backing.of}" if other else ""
-        return f"{format_size(value)}{ratio}"
+        found, broken = [], []
+        for name, bounds in step.expect.bounds():
+            value = _expected(self.measures[step.expect.measure], name)
+            other = _expected(self.measures[bounds.of], name) if bounds.of is not None else None
+            violations = list(bounds.violations(value, other))
+            broken += violations
+            what = name.replace("_", " ")
+            self.failures.extend(f"{what} of {step.expect.measure}: {violation}" for violation in violations)
+            found.append(f"{format_size(value)}" + (f", {value / other:.3f} of {bounds.of}" if other else ""))
+        return "; ".join(broken or found)
+
+
+def _expected(measure: Measure, name: str) -> int:
+    """The bytes that a key of ``expect`` bounds."""
+    return measure.backing_bytes + (measure.store_bytes if name == "backing_and_store" else 0)
 
 
 def reclaimed(result: ReclaimResult) -> str:
     """What a reclaim did, in a few words."""
     count = len(result.epochs)
+    store = f", store {result.store_after_bytes / MiB:.1f} MiB" if result.store_after_bytes else ""
     return (
         f"{count:,} epoch{'' if count == 1 else 's'}, {result.discarded:,} pages discarded, backing "
-        f"{result.backing_before_bytes / MiB:.1f} -> {result.backing_after_bytes / MiB:.1f} MiB"
+        f"{result.backing_before_bytes / MiB:.1f} -> {result.backing_after_bytes / MiB:.1f} MiB{store}"
     )
 
 

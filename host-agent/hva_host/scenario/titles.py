@@ -20,6 +20,7 @@ from hvaqemu.units import format_duration, format_size
 
 #: Letters; a line of progress stays within 100 with number, duration and short figures.
 LONGEST = 46
+_WITH_STORE = {"backing": "", "backing_and_store": "with store "}
 
 
 def title_of(step: Step) -> str:
@@ -52,7 +53,8 @@ def _title(step: Step) -> str:
         case SameStep():
             return f"same {', '.join(step.same)}"
         case ExpectStep():
-            return f"expect {step.expect.measure} {_bounds(step.expect.backing)}"
+            bounds = [f"{_WITH_STORE[name]}{_bounds(bounds)}" for name, bounds in step.expect.bounds()]
+            return f"expect {step.expect.measure} {' and '.join(bounds)}"
 
 
 def _bounds(bounds: Bounds) -> str:

@@ -1,0 +1,103 @@
+"""PRESERVED on a real guest: what has no copy is paged out, compressed, under a guest that verifies its memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from hva_host.agent.pager_process import call
+from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.units import MiB
+from tests.vm.harness import GUEST_PROGRAMS, Guest, running_guest, until
+
+pytestmark = pytest.mark.timeout(600)
+
+_CHURN = GUEST_PROGRAMS / "churn.py"
+_SECONDS = 10
+_ALL = tuple(ReclaimState)
+_MEMORY = 256 * MiB
+#: What a program of the guest keeps and does not use; each page another, a quarter of each is noise.
+_KEPT = 24 * MiB
+#: Less than there is to page out, and more than the program's memory takes.
+_LIMIT = 12 * MiB
+_KEEP = """
+import hashlib, os, sys, time
+size = int(sys.argv[1])
+def page(number):
+    noise = b"".join(hashlib.sha512(b"%d %d" % (number, part)).digest() for part in range(16))
+    return noise + b"kept" * 768
+kept = bytearray(b"".join(page(number) for number in range(size // 4096)))
+if os.fork():
+    os._exit(0)
+os.setsid()
+for descriptor in (0, 1, 2):
+    os.dup2(os.open("/dev/null", os.O_RDWR), descriptor)
+while not os.path.exists("/run/check"):
+    time.sleep(0.2)
+good = all(kept[number * 4096 : number * 4096 + 4096] == page(number) for number in range(size // 4096))
+with open("/run/checked.new", "w") as file:
+    file.write("good" if good else "wrong")
+os.rename("/run/checked.new", "/run/checked")
+"""
+
+
+async def keep(guest: Guest) -> None:
+    """A program that keeps memory and sleeps."""
+    await guest.python(_KEEP, _KEPT)
+
+
+async def kept(guest: Guest) -> str:
+    """What it says of its memory, all of which it looks at."""
+    done = "[ -e /run/checked ] && cat /run/checked && exit"
+    return await guest.run(f"touch /run/check; for i in $(seq 300); do {done}; sleep 0.2; done")
+
+
+async def test_paged_out_and_back_under_a_guest_that_verifies_itself() -> None:
+    async with running_guest("preserved", memory=_MEMORY, store={"limit": _LIMIT}) as guest:
+        await guest.python(_CHURN, "remember")
+        await keep(guest)
+        tree = await guest.tree_digest()
+        filled = await guest.vm.measure()
+
+        plain = await guest.vm.reclaim((ReclaimState.UNUSED, ReclaimState.VOLATILE))
+        assert plain.store_after_bytes == 0
+        result = await guest.vm.reclaim(_ALL)
+        out = await guest.vm.measure()
+        print(
+            f"filled {filled.backing_bytes / MiB:.1f}, without the store {plain.backing_after_bytes / MiB:.1f}, with "
+            f"{out.backing_bytes / MiB:.1f} + {out.store_bytes / MiB:.1f} MiB, {out.preserved_pages} pages, "
+            f"{len(result.epochs)} epochs, {result.seconds:.1f} s"
+        )
+        # A full store stops paging out, and nothing else.
+        assert {stats.note for stats in result.epochs} == {"", "the store has reached its limit"}
+        assert _LIMIT / 2 < out.store_bytes <= _LIMIT
+        # A sample first, then more.
+        first, second = (stats.discarded_store for stats in result.epochs[:2])
+        assert 0 < first < second / 2
+        assert out.preserved_pages * 4096 > _KEPT, "a program that sleeps has cold memory"
+        assert out.store_bytes < out.preserved_pages * 4096 / 2
+        assert out.backing_bytes + out.store_bytes < 0.85 * plain.backing_after_bytes
+
+        guest.vm.start_reclaiming(_ALL, 0.0)
+        churned = await guest.python(_CHURN, _SECONDS, timeout=_SECONDS + 240, check=False)
+        beside = await guest.vm.stop_reclaiming()
+        assert churned.ok, churned.stderr.decode(errors="replace")
+        assert len(beside.epochs) > 5
+        assert sum(stats.discarded_store for stats in beside.epochs) > 1000
+        assert await kept(guest) == "good"
+        assert await guest.tree_digest() == tree
+        assert await guest.complaints() == []
+
+        # A pager that dies takes nothing with it.
+        await guest.vm.reclaim(_ALL)
+        before = await call(guest.vm.pager, "status")
+        assert before["preserved_pages"] > 1000
+        guest.vm.pager.kill()
+        await until(lambda: guest.heard("PAGER_STARTED"), 60, "another pager")
+        assert await guest.tree_digest() == tree
+
+        await guest.vm.restore()
+        back = await guest.vm.measure()
+        assert (back.preserved_pages, back.store_bytes) == (0, 0)
+        status = await guest.vm.status()
+        print(f"vCPUs waited: {status.stalls}")
+        assert await guest.complaints() == []

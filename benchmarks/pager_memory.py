@@ -14,9 +14,10 @@ import numpy as np
 from benchmarks.figure import Figure, show
 from hva_host.agent.epochs import EpochDriver
 from hva_host.agent.pager_parent import PagerParent
-from hva_host.agent.pager_process import PagerHandle
+from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.memory.index import build_index
 from hva_host.memory.ledger import LEDGER_NAME
+from hva_host.pager.coldness import SHARES, WATCHED_SECONDS
 from hva_host.pager.epoch import Member
 from hva_host.pager.process_files import descriptors
 from hvaqemu.pages import PAGE_SIZE
@@ -24,12 +25,14 @@ from hvaqemu.units import GiB, MiB
 
 PAGES = GiB // PAGE_SIZE
 LAYER_PAGES = 65536
+#: Behind them, for the compressed store.
+COLD_PAGES = 16384
 PAGERS = 8
 VCPU = Path(__file__).parents[1] / "tests" / "kernel" / "vcpu.py"
 
 
 def main() -> None:
-    """Attach each to 1 GiB of RAM, discard a quarter of it, bring a part back, discard again, and look."""
+    """Attach each to 1 GiB of RAM, discard a quarter of it and page out more, bring a part back, again, and look."""
     show("pager-memory", figures(asyncio.run(costs())))
 
 
@@ -46,6 +49,9 @@ async def costs() -> list[tuple[int, int]]:
     """Private bytes (the ledger excepted) and ledger bytes of each pager."""
     parent = PagerParent()
     content = np.random.default_rng(1).bytes(LAYER_PAGES * PAGE_SIZE)
+    # Each page another, a quarter of each noise: what compresses like a guest's own.
+    noise = np.frombuffer(content, np.uint8)[: COLD_PAGES * PAGE_SIZE].reshape(COLD_PAGES, PAGE_SIZE)
+    cold = np.where(np.arange(PAGE_SIZE) < PAGE_SIZE // 4, noise, np.uint8(7)).astype(np.uint8).tobytes()
     with ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="hvamem")))
         undo.callback(parent.close)
@@ -57,9 +63,9 @@ async def costs() -> list[tuple[int, int]]:
             child = undo.enter_context(_vcpu())
             undo.callback(child.kill)
             (folder / str(number)).mkdir()
-            driver = EpochDriver(PAGES, 60.0)
+            driver = EpochDriver(PAGES, 60.0, store=GiB // 4)
             pager = PagerHandle(folder / str(number), parent, driver.on_pager_event)
-            await asyncio.to_thread(_fill, child, content)
+            await asyncio.to_thread(_fill, child, content + cold)
             await pager.start(child.pid, [layer])
             await _work(child, pager, driver)
             pagers.append((pager, child))
@@ -87,15 +93,21 @@ def _fill(child: subprocess.Popen[str], content: bytes) -> None:
 async def _work(child: subprocess.Popen[str], pager: PagerHandle, driver: EpochDriver) -> None:
     wanted = np.zeros(PAGES, dtype=np.uint8)
     wanted[:LAYER_PAGES] = Member.COPY
+    wanted[LAYER_PAGES : LAYER_PAGES + COLD_PAGES] = Member.STABLE
     for _ in range(2):
-        await driver.transact(pager.link, wanted, 60.0)
+        for _ in SHARES:
+            await driver.transact(pager.link, wanted, 60.0)
+            await asyncio.sleep(WATCHED_SECONDS)
+        totals = await call(pager, "status")
+        if totals["preserved_pages"] < COLD_PAGES // 2:
+            raise AssertionError(f"{totals['preserved_pages']} of {COLD_PAGES} pages were paged out")
         await asyncio.to_thread(_touch, child)
 
 
 def _touch(child: subprocess.Popen[str]) -> None:
     assert child.stdout is not None
     assert child.stdin is not None
-    child.stdin.write("m " + " ".join(map(str, range(0, LAYER_PAGES, 5))) + "\n")
+    child.stdin.write("m " + " ".join(map(str, range(0, LAYER_PAGES + COLD_PAGES, 5))) + "\n")
     assert child.stdout.readline() == "ok\n"
 
 

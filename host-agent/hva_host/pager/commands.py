@@ -134,7 +134,7 @@ class Commands:
         self._work.refuse_when_busy()
         refusals.refuse(self._pid, self._ram.backing)
         wanted = np.frombuffer(payload, np.uint8)
-        self._preserver.limit, self._preserver.round = int(arguments["store"]), int(arguments["round"])
+        self._preserver.limit, self._preserver.round = int(arguments.get("store", 0)), int(arguments.get("round", 0))
         seconds, first = float(arguments["seconds"]), int(arguments["first"])
         epoch = Epoch(self._ram, self._prover, wanted, seconds, first, self._preserver)
         self._work.begin(epoch.steps(), lambda: self._epoch_done(epoch), epoch)

@@ -23,6 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# np.unique imports it when it is first called: in a pager that is 3 MiB of its own, and a wait for whoever faults.
+import numpy.ma  # noqa: F401
+
 from hva_host.memory.native import load_native
 from hva_host.memory.preloaded import preload
 from hva_host.memory.syscalls import name_process

@@ -34,7 +34,7 @@ UNKNOWN_U32 = 0xFFFFFFFF
 
 
 class MessageType(enum.IntEnum):
-    """Numbers on the wire. 0x20 to 0x2F are kept for lists of discarded pages."""
+    """Numbers on the wire."""
 
     ATTACH = 0x01
     HELLO = 0x02
@@ -48,6 +48,9 @@ class MessageType(enum.IntEnum):
     CONFIRM = 0x18
     CONFIRM_PIECE = 0x19
     CONFIRM_END = 0x1A
+    DISCARDED_PIECE = 0x20
+    DISCARDED_END = 0x21
+    DISCARDED_KEPT = 0x22
     STATS = 0x30
     STATS_REPORT = 0x31
     EXEC = 0x40
@@ -68,6 +71,8 @@ class Feature(enum.IntFlag):
     PRESSURE = 1 << 2
     #: Clean file pages that a process has mapped shared and writable are reported POTENTIAL; else they are VOLATILE.
     POTENTIAL = 1 << 3
+    #: The guest keeps the list of pages the host has taken.
+    DISCARDED = 1 << 4
 
 
 class ErrorCode(enum.IntEnum):
@@ -234,6 +239,42 @@ class ConfirmEnd(NamedTuple):
     microseconds: int
 
 
+class DiscardedPiece(NamedTuple):
+    """Host: where ``pages`` pages from pfn ``start`` are, a byte a page (:class:`hvaqemu.pages.Residence`).
+
+    Piece 0 begins a list. Each piece is a request, answered before the next is sent.
+    """
+
+    request: int
+    #: Random; the same in all pieces of a list.
+    list: int
+    number: int
+    start: int
+    pages: int
+    #: Compressed, see :func:`unpack_map`.
+    data: bytes
+
+
+class DiscardedEnd(NamedTuple):
+    """Host: that was all. Pages by residence; pages discarded, and brought back by refaults, since the VM started."""
+
+    request: int
+    list: int
+    pieces: int
+    zero: int
+    layer: int
+    preserved: int
+    discarded: int
+    refaulted: int
+
+
+class DiscardedKept(NamedTuple):
+    """Guest: taken; ``runs`` are listed so far."""
+
+    request: int
+    runs: int
+
+
 class Stats(NamedTuple):
     """Host: how is your memory?"""
 
@@ -283,8 +324,8 @@ class ExecCancel(NamedTuple):
 
 
 Message = Union[
-    Attach, Hello, Ack, Ping, Pong, Error, Scan, ScanPiece, ScanEnd, Confirm, ConfirmPiece, ConfirmEnd, Stats,
-    StatsReport, Exec, ExecOutput, ExecEnd, ExecCancel,
+    Attach, Hello, Ack, Ping, Pong, Error, Scan, ScanPiece, ScanEnd, Confirm, ConfirmPiece, ConfirmEnd,
+    DiscardedPiece, DiscardedEnd, DiscardedKept, Stats, StatsReport, Exec, ExecOutput, ExecEnd, ExecCancel,
 ]  # fmt: skip
 
 
@@ -307,6 +348,9 @@ _LAYOUT: dict[Any, tuple[MessageType, tuple[Any, ...]]] = {
     Confirm: (MessageType.CONFIRM, (U64, _ID, U8, Later(U64, 0), Later(U64, 0))),
     ConfirmPiece: (MessageType.CONFIRM_PIECE, (U64, _ID, U8, U32, U64, U32, _MAP)),
     ConfirmEnd: (MessageType.CONFIRM_END, (U64, _ID, U8, U32, U64)),
+    DiscardedPiece: (MessageType.DISCARDED_PIECE, (U64, U64, U32, U64, U32, _MAP)),
+    DiscardedEnd: (MessageType.DISCARDED_END, (U64, U64, U32, U64, U64, U64, U64, U64)),
+    DiscardedKept: (MessageType.DISCARDED_KEPT, (U64, U32)),
     Stats: (MessageType.STATS, (U64,)),
     StatsReport: (MessageType.STATS_REPORT, (U64, U64, U64, U64, U64, U32)),
     Exec: (MessageType.EXEC, (U64, List(Bytes(ARGUMENT_BYTES_MAX), ARGUMENTS_MAX), U32, Bytes(STDIN_BYTES_MAX))),
@@ -339,7 +383,7 @@ def decode(frame: Frame) -> Message | None:
         value, offset = codec.unpack(frame.payload, offset)
         values.append(value)
     message: Message = cls(*values)
-    if isinstance(message, (ScanPiece, ConfirmPiece)) and not 0 < message.pages <= PIECE_PAGES_MAX:
+    if isinstance(message, (ScanPiece, ConfirmPiece, DiscardedPiece)) and not 0 < message.pages <= PIECE_PAGES_MAX:
         raise ProtocolError(f"a piece claims {message.pages} pages")
     return message
 

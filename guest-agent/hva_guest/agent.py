@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
+from hva_guest.discarded import DiscardedList
 from hva_guest.kernel import read_boot_id, read_poisoning
 from hva_guest.mappings import SharedMappings
 from hva_guest.memory import memory_ranges, read_memory, read_pressure, read_uptime_ms
@@ -27,6 +28,8 @@ from hvaqemu.protocol import (
     Ack,
     Attach,
     Confirm,
+    DiscardedEnd,
+    DiscardedPiece,
     Error,
     ErrorCode,
     Exec,
@@ -81,6 +84,9 @@ class Agent:
         self._shared = SharedMappings()
         if os.access("/proc/self/pagemap", os.R_OK):
             self._offered |= Feature.POTENTIAL
+        self._discarded = DiscardedList()
+        if os.access("/run", os.W_OK):
+            self._offered |= Feature.DISCARDED
         self._selector = selectors.DefaultSelector()
         self._commands: Commands | None = None
         if settings.allow_exec:
@@ -234,6 +240,7 @@ class Agent:
         self._nonce = 0
         self._features = None
         self._scans.clear()
+        self._discarded.forget()
         if self._commands is not None:
             self._commands.end_all()
 
@@ -269,6 +276,8 @@ class Agent:
                 self._attach(message)
             elif isinstance(message, Ack):
                 self._acknowledged(message)
+            elif isinstance(message, (DiscardedPiece, DiscardedEnd)):
+                self._keep(message)
             elif isinstance(message, (Ping, Scan, Confirm, Stats, Exec, ExecCancel)):
                 self._answer(message)
 
@@ -305,6 +314,21 @@ class Agent:
             self._commands.start(message)
         else:
             self._commands.cancel(message.request)
+
+    def _keep(self, message: DiscardedPiece | DiscardedEnd) -> None:
+        """Take a part of the list of discarded pages."""
+        if self._features is None or not self._features & Feature.DISCARDED:
+            return self._send(Error(message.request, ErrorCode.NOT_ATTACHED, "lists were not agreed on"))
+        try:
+            if isinstance(message, DiscardedPiece):
+                self._send(self._discarded.piece(message))
+            else:
+                self._send(self._discarded.end(message))
+        except ProtocolError as error:
+            self._send(Error(message.request, ErrorCode.BAD_REQUEST, error.message))
+        except OSError as error:
+            self._send(Error(message.request, ErrorCode.UNAVAILABLE, f"{error.filename}: {error.strerror}"))
+        return None
 
     def _stats(self, request: int) -> StatsReport:
         pressure = UNKNOWN_U32

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hva_guest.agent import QUEUE_BOUND, SCANS_MAX, Agent, Settings
+from hva_guest.discarded import DiscardedList
 from hva_guest.port import Port
 from hvaqemu import protocol
 from hvaqemu.errors import ProtocolError
@@ -197,6 +198,7 @@ class _Guest:
         settings = Settings("", "", False, str(folder / "kpageflags"), str(folder / "iomem"))
         self.agent = Agent(settings, lambda _text: None)
         self.agent._offered |= protocol.Feature.EXEC
+        self.agent._discarded = DiscardedList(str(folder / "hva"))
         self.agent._commands = _NoCommands()  # type: ignore[assignment]
         self.port = Port(str(folder / "port"))
         self.agent._port = self.port
@@ -247,7 +249,7 @@ def guest_agent(data: bytes) -> None:
         elif step < 64:
             guest.read()
         elif step < 80:
-            agent._take(decoder.feed(encode(protocol.Attach(1 + step % 3, 7)) + encode(protocol.Ack(step % 8))))
+            agent._take(decoder.feed(encode(protocol.Attach(1 + step % 3, 31)) + encode(protocol.Ack(step % 32))))
         elif step < 96:
             agent._take(decoder.feed(source.block()))
         else:
@@ -261,7 +263,10 @@ def guest_agent(data: bytes) -> None:
 
 _FROM_HOST = tuple(
     getattr(MessageType, name)
-    for name in ("ATTACH", "ACK", "PING", "SCAN", "CONFIRM", "STATS", "EXEC", "EXEC_CANCEL", "HELLO", "SCAN_PIECE")
+    for name in (
+        *("ATTACH", "ACK", "PING", "SCAN", "CONFIRM", "STATS", "EXEC", "EXEC_CANCEL", "HELLO", "SCAN_PIECE"),
+        *("DISCARDED_PIECE", "DISCARDED_END"),
+    )
 )
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

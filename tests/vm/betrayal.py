@@ -102,6 +102,8 @@ class Dependants:
             length = memory // PAGE_SIZE * 8
             data = os.pread(fd, length, os.fstat(fd).st_size - length)
         entries = np.frombuffer(data, dtype=np.uint64)
+        #: Of every page, the residence its entry names.
+        self.kinds = (entries >> np.uint64(60)).astype(np.uint8)
         self.pfns = np.flatnonzero(entries >> np.uint64(60) == Residence.LAYER)
         self.blocks = (entries[self.pfns] & np.uint64((1 << 40) - 1)).astype(np.int64)
 

@@ -20,6 +20,7 @@ from hvaqemu.protocol import (
     UNKNOWN_U32,
     ConfirmEnd,
     ConfirmPiece,
+    DiscardedKept,
     Ending,
     ExecEnd,
     ExecOutput,
@@ -198,6 +199,17 @@ class StatsExchange(Exchange[GuestStats]):
             uptime_seconds=message.uptime_ms / 1000,
             pressure_percent=None if message.pressure == UNKNOWN_U32 else message.pressure / 100,
         )
+
+
+class ListExchange(Exchange[DiscardedKept]):
+    """A part of the list of discarded pages: that it was taken."""
+
+    def expects(self, message: Message) -> bool:
+        return isinstance(message, DiscardedKept)
+
+    def take(self, message: Message) -> DiscardedKept:
+        assert isinstance(message, DiscardedKept)
+        return message
 
 
 class PingExchange(Exchange[bool]):

@@ -26,6 +26,7 @@ from hva_host.agent.guest_exchange import (
     Exchange,
     ExecExchange,
     GuestStats,
+    ListExchange,
     PingExchange,
     ScanExchange,
     ScanReport,
@@ -39,7 +40,21 @@ from hva_host.agent.model import ExecResult
 from hvaqemu.errors import ConfigError, DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.framing import Frame
 from hvaqemu.pages import Run
-from hvaqemu.protocol import Confirm, Exec, ExecCancel, Hello, Message, Ping, Scan, Stats, encode
+from hvaqemu.protocol import (
+    Confirm,
+    DiscardedEnd,
+    DiscardedKept,
+    DiscardedPiece,
+    Exec,
+    ExecCancel,
+    Feature,
+    Hello,
+    Message,
+    Ping,
+    Scan,
+    Stats,
+    encode,
+)
 from hvaqemu.qemu.sockets import address_of
 
 T = TypeVar("T")
@@ -166,6 +181,15 @@ class GuestLink:
         return await self._ask(
             lambda request: Confirm(request, epoch, round, part.start, part.pages), exchange, timeout
         )
+
+    @property
+    def keeps_lists(self) -> bool:
+        """The guest agent that serves us now keeps lists of discarded pages."""
+        return self.connected and self.hello is not None and bool(self.hello.features & Feature.DISCARDED)
+
+    async def keep(self, part: DiscardedPiece | DiscardedEnd, timeout: float) -> DiscardedKept:
+        """Have the guest take a part of the list of discarded pages; its request number is ours to give."""
+        return await self._ask(lambda request: part._replace(request=request), ListExchange(), timeout)
 
     async def stats(self, timeout: float) -> GuestStats:
         """The guest's memory figures."""

@@ -22,7 +22,7 @@ from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.protocol import Ack, Attach, Error, ErrorCode, Feature, Hello, Message, Ping, Pong, decode
 
 #: All we know how to use.
-FEATURES = Feature.EXEC | Feature.SWAPCACHE | Feature.PRESSURE | Feature.POTENTIAL
+FEATURES = Feature.EXEC | Feature.SWAPCACHE | Feature.PRESSURE | Feature.POTENTIAL | Feature.DISCARDED
 
 #: Seconds between ATTACHes: at least, at first, and at most (what a dead guest never reads piles up in the socket).
 ATTACH_MIN, _ATTACH_FIRST, _ATTACH_MAX = 0.2, 0.5, 10.0

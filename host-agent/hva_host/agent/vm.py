@@ -17,6 +17,7 @@ from hva_host.agent import accounts, hazards, measures
 from hva_host.agent.bounded_logs import keep_bounded
 from hva_host.agent.chores import Chores
 from hva_host.agent.condition import Condition, Listener
+from hva_host.agent.discarded_list import DiscardedList
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hazard_watch import HazardWatch
@@ -87,6 +88,7 @@ class Vm:
             self._on_epoch,
             record.config.store_limit,
         )
+        self._list = DiscardedList(pages, self._who_answers, lambda: self.pager)
         self._hazards = HazardWatch(self.refusals, qmp, process)
         self._monitor = Monitor(qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed)
         #: What goes on until the VM is let go.
@@ -132,6 +134,7 @@ class Vm:
         self._watches.begin("pager", keep_pager(self.pager, self.process, self.record.layers, self))
         self._watches.begin("QMP", keep_qmp(self.qmp, self.process, self.follow))
         self._watches.begin("hazards", self._hazards.run())
+        self._watches.begin("list of discarded pages", self._list.run())
         self._watches.begin("logs", keep_bounded(*self._logs()))
 
     def on_qmp_event(self, event: QmpEvent) -> None:
@@ -371,6 +374,7 @@ class Vm:
         self._listener("RECLAIM_REFUSED" if text else "RECLAIM_ALLOWED", {"name": self.name, "reason": text})
 
     def _on_epoch(self, stats: EpochStats) -> None:
+        self._list.epoch_ended()
         self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})
 
     def _on_guest(self, state: LinkState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hva_host.memory.ledger import VERSION, Counter
 from hva_host.pager import refusals
 from hva_host.pager.epoch import Epoch, Phase
 from hva_host.pager.fetch import Fetcher
-from hva_host.pager.messages import Message
+from hva_host.pager.messages import RESIDENCE_PAGES_MAX, Message
 from hva_host.pager.preserve import Preserver
 from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
@@ -27,6 +28,7 @@ from hva_host.pager.sources import Sources
 from hva_host.pager.work import Work
 from hvaqemu.errors import HvaError, PeerLost, RefusedError
 from hvaqemu.pages import Residence
+from hvaqemu.protocol import pack_map
 
 _HELD_SHOWN = 64
 #: How long an answer to ``resume`` waits for the disk.
@@ -69,6 +71,7 @@ class Commands:
             "begin-epoch": self._begin_epoch,
             "confirm": self._confirm,
             "abandon": self._abandon,
+            "residence": self._residence,
             "status": self._status,
         }
 
@@ -208,6 +211,14 @@ class Commands:
                     layer.switch(file)
                     left = self._refaults.resume()
         self._resuming.append((client, message, time.monotonic() + _RESUME_SECONDS))
+
+    def _residence(self, arguments: Message, _payload: bytes) -> dict[str, Any]:
+        start, pages = int(arguments["start"]), int(arguments["pages"])
+        if not 0 <= start < start + pages <= self._ram.pages or pages > RESIDENCE_PAGES_MAX:
+            raise RefusedError(f"no residence of pages {start} to {start + pages}")
+        # By the ledger alone: presence wins only where a pager died, and then until the next attached.
+        kinds = self._ram.ledger.kinds(slice(start, start + pages))
+        return {"map": base64.b64encode(pack_map(kinds.tobytes())).decode()}
 
     def _status(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
         totals = self._ram.ledger.totals()

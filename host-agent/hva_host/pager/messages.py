@@ -14,6 +14,7 @@ page (:class:`hva_host.pager.epoch.Member`) | number |
 | ``abandon`` | | | |
 | ``restore`` | | | once every page with an entry is resident: pages |
 | ``resume`` | | | held: pages; answered once the disk has brought what it takes to try, or after some seconds |
+| ``residence`` | start, pages | | map: base64, zlib, a byte a page |
 | ``status`` | | | what the pager knows |
 
 Events: ``protected`` (epoch, number, wants) once the pages are protected; ``epoch-done`` with what the epoch did;
@@ -29,6 +30,8 @@ from hvaqemu.errors import ProtocolError
 
 HEADER_MAX = 1 << 20
 PAYLOAD_MAX = 256 << 20
+#: Looked up and compressed between two faults, in less than a millisecond.
+RESIDENCE_PAGES_MAX = 32 * 1024
 
 Message = dict[str, Any]
 

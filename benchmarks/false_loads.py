@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.figure import Figure, show
-from benchmarks.guest import FILL, run
+from benchmarks.guest import READ, run
 from hva_host.agent.fleet import Fleet
 from hva_host.agent.vm import Vm
 from hvaqemu.config import VmConfig
@@ -49,7 +49,7 @@ async def _main() -> None:
 
 async def _loads(vm: Vm, *, turn: bool) -> int:
     """Pages loaded from layers while the guest writes into memory it has freed; with an epoch before, or without."""
-    await run(vm, FILL)
+    await run(vm, READ)
     await vm.reclaim(DEFAULT_STATES)
     await run(vm, "sync; echo 3 >/proc/sys/vm/drop_caches")
     if turn:

@@ -25,7 +25,7 @@ from hvaqemu.pages import PAGE_SHIFT
 
 #: Seconds each half of a look (finding mappings, finding their pages) may take of the agent's time, and after which
 #: it gives way to whoever asks something.
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.25
 _STEP_SECONDS = 0.01
 _PROCESSES_MAX = 32 * 1024
 _KNOWN_MAX = 256

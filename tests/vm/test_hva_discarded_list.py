@@ -128,14 +128,14 @@ async def test_it_goes_on_while_pages_are_freed_and_used_again(guest: Guest) -> 
     tree = await guest.tree_digest()
     guest.vm.start_reclaiming(BOTH, 0.0)
     digests = []
-    for _ in range(3):
+    for _ in range(2):
         digests.append(await guest.tree_digest())
         await guest.run(
-            "dd if=/dev/urandom of=/dev/shm/new bs=64k count=800 2>/dev/null; md5sum /dev/shm/new >/run/sum; "
+            "dd if=/dev/urandom of=/dev/shm/new bs=64k count=400 2>/dev/null; md5sum /dev/shm/new >/run/sum; "
             "echo 3 >/proc/sys/vm/drop_caches; sleep 1; md5sum -c /run/sum; rm /dev/shm/new"
         )
     result = await guest.vm.stop_reclaiming()
-    assert sum(stats.freed for stats in result.epochs) > 1000
-    assert digests == [tree] * 3
+    assert sum(stats.freed for stats in result.epochs) > 500
+    assert digests == [tree] * 2
     assert await guest.tree_digest() == tree
     assert await guest.complaints() == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("epoch", "refault", "pager_memory", "pager_restart", "liars", "guest", "false_loads")
+NAMES = ("epoch", "refault", "pager_memory", "pager_restart", "liars", "guest", "sizes", "false_loads")
 
 
 def main() -> int:

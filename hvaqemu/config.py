@@ -50,6 +50,8 @@ class ExtraDisk(Config):
 
     path: HostPath
     read_only: Flag = False
+    #: Past the host's page cache (QEMU's cache.direct=on).
+    direct: Flag = False
 
 
 class StoreConfig(Config):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvaqemu.config import Accelerator, VmConfig
+from hvaqemu.config import Accelerator, ExtraDisk, VmConfig
 from hvaqemu.qemu.profile import MachineProfile
 from hvaqemu.units import MiB
 
@@ -33,6 +33,8 @@ class RawDisk:
     read_only: bool
     #: A device node, which QEMU opens with another driver than a file.
     block_device: bool = False
+    #: Opened past the host's page cache.
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,15 @@ def _ram(config: VmConfig) -> dict[str, object]:
     return {"qom-type": "memory-backend-memfd", "id": RAM_ID, "size": config.memory, "share": True}
 
 
+def direct_nodes(disks: Sequence[ExtraDisk]) -> frozenset[str]:
+    """The nodes of QEMU that do direct I/O for these disks, and may."""
+    return frozenset(_direct_node(index) for index, disk in enumerate(disks) if disk.direct)
+
+
+def _direct_node(index: int) -> str:
+    return f"extra{index}-direct"
+
+
 def _file(path: Path, read_only: bool) -> dict[str, object]:
     return {
         "driver": "file",
@@ -142,13 +153,15 @@ def _nodes(files: LaunchFiles) -> list[dict[str, object]]:
 
 
 def _extra_node(index: int, disk: RawDisk) -> dict[str, object]:
-    driver = "host_device" if disk.block_device else "file"
+    file = _file(disk.path, disk.read_only) | {"driver": "host_device" if disk.block_device else "file"}
+    if disk.direct:
+        file |= {"node-name": _direct_node(index), "cache": {"direct": True, "no-flush": False}}
     return {
         "driver": "raw",
         "node-name": f"extra{index}",
         "read-only": disk.read_only,
         "auto-read-only": False,
-        "file": _file(disk.path, disk.read_only) | {"driver": driver},
+        "file": file,
     }
 
 

@@ -65,7 +65,7 @@ def check_extra_disks(disks: Sequence[ExtraDisk]) -> tuple[RawDisk, ...]:
             raise ConfigError(
                 f"{name}: {disk.path}: is the same disk as extra_disks[{other}]", "make both read_only: true"
             )
-        found.append(RawDisk(disk.path.absolute(), disk.read_only, block))
+        found.append(RawDisk(disk.path.absolute(), disk.read_only, block, disk.direct))
     return tuple(found)
 
 

@@ -113,14 +113,16 @@ class Guest:
         """Put a page into RAM through the memfd, as a guest that has it."""
         os.pwrite(self.ram.backing.fd, data, pfn * PAGE)
 
-    def begin(self, members: dict[int, Member], seconds: float = 5.0, part: Run | None = None) -> Epoch:
+    def begin(
+        self, members: dict[int, Member], seconds: float = 5.0, part: Run | None = None, *, drain: bool = False
+    ) -> Epoch:
         """An epoch over some pages, all of them in ``part`` if that is given; a test iterates its steps."""
         part = part or Run(0, self.ram.pages)
         wanted = np.zeros(part.pages, dtype=np.uint8)
         for pfn, member in members.items():
             wanted[pfn - part.start] = member
         self.preserver.round += 1
-        self.epoch = Epoch(self.ram, self.prover, wanted, seconds, part.start, self.preserver)
+        self.epoch = Epoch(self.ram, self.prover, wanted, seconds, part.start, self.preserver, drain=drain)
         return self.epoch
 
     def confirm_all(self, epoch: Epoch) -> None:

@@ -330,3 +330,39 @@ def test_no_interleaving_changes_a_byte_that_matters(
     discarded = counts["discarded_zero"] + counts["discarded_layer"] + counts["discarded_store"]
     kept = counts["touched"] + counts["unmatched"] + counts["unconfirmed"] + counts["unpreserved"]
     assert counts["candidates"] == discarded + kept
+
+
+def test_nothing_is_compared_before_direct_io_was_drained(guest: Guest, tmp_path: Path) -> None:
+    """What a transfer that was under way brings past the protection is seen, because it is compared afterwards."""
+    guest.ram.add_layer(make_layer(tmp_path, [block(0), block(1)]))
+    for pfn in (0, 1):
+        guest.fill(pfn, block(pfn))
+    guest.write(5, "free")
+    epoch = guest.begin({0: Member.COPY, 1: Member.COPY, 5: Member.UNUSED}, drain=True)
+    steps = epoch.steps()
+    until(steps, epoch, Phase.DRAINING)
+    assert epoch.wants_drain()
+    assert not epoch.drained(os.urandom(16)), "nobody's word"
+    for _ in range(20):
+        assert next(steps) is Step.CONFIRM
+    assert kinds(guest)[:2] == [0, 0]
+    # Through the memfd, as direct I/O through a pinned page: no protection stops it.
+    guest.fill(1, block(77))
+    assert epoch.drained(epoch.identifier)
+    assert not epoch.drained(epoch.identifier), "once"
+    guest.confirm_all(epoch)
+    for _ in steps:
+        pass
+    assert kinds(guest)[:2] == [Residence.LAYER, Residence.RESIDENT]
+    assert kinds(guest)[5] == Residence.ZERO
+    assert guest.checksum(1) == crc(block(77))
+
+
+def test_direct_io_that_is_never_drained_keeps_the_copies(guest: Guest, tmp_path: Path) -> None:
+    guest.ram.add_layer(make_layer(tmp_path, [block(0)]))
+    guest.fill(0, block(0))
+    epoch = guest.begin({0: Member.COPY, 1: Member.STABLE}, seconds=0.05, drain=True)
+    guest.run(epoch)
+    assert epoch.note == "direct I/O was not drained in time"
+    assert kinds(guest)[0] == Residence.RESIDENT
+    assert epoch.counts["unmatched"] == 1

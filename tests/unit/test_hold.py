@@ -187,3 +187,92 @@ def test_it_says_what_and_what_to_do() -> None:
     hold.without_pager("")
     hold.refuse("one")
     assert describe(_HELD.model_copy(update={"pages": [1, 2]})).endswith("(pages 1, 2)")
+
+
+async def test_drained_by_a_pause_of_ours_recorded_before_it_is_sent() -> None:
+    held = Held(Monitor())
+    await held.hold.drain(held.qmp)
+    assert held.monitor.said == ["recorded True", "stop", "cont", "recorded False"]
+    assert not held.hold.draining
+
+
+async def test_a_guest_that_somebody_paused_has_no_io_and_stays_paused() -> None:
+    held = Held(Monitor(running=False))
+    assert await held.hold.drain(held.qmp) == 0.0
+    assert held.monitor.said == []
+    assert not held.monitor.running
+
+
+async def test_nobody_elses_stop_comes_between_our_two() -> None:
+    """An operator's goes through the same lock; ours would undo it."""
+    held = Held(Monitor())
+    held.monitor.stops.clear()
+    draining = asyncio.create_task(held.hold.drain(held.qmp))
+    await settle()
+    assert held.monitor.said == ["recorded True", "stop"]
+    assert held.hold.draining
+
+    async def operator() -> None:
+        async with held.hold.pausing:
+            await held.monitor.pause(1.0)
+
+    stopping = asyncio.create_task(operator())
+    await settle()
+    held.monitor.stops.set()
+    await draining
+    await stopping
+    assert held.monitor.said == ["recorded True", "stop", "cont", "recorded False", "stop"]
+    assert not held.monitor.running
+
+
+async def test_cancelled_the_guest_goes_on_all_the_same() -> None:
+    held = Held(Monitor())
+    held.monitor.stops.clear()
+    draining = asyncio.create_task(held.hold.drain(held.qmp))
+    await settle()
+    draining.cancel()
+    await settle()
+    assert not draining.done(), "it must not leave a guest paused"
+    held.monitor.stops.set()
+    with pytest.raises(asyncio.CancelledError):
+        await draining
+    assert held.recorded == [True, False]
+    assert held.monitor.running
+
+
+async def test_pages_held_while_it_is_drained_keep_the_pause() -> None:
+    held = Held(Monitor())
+    held.monitor.stops.clear()
+    draining = asyncio.create_task(held.hold.drain(held.qmp))
+    await settle()
+    held.hold.begin([_HELD], held.qmp)
+    held.monitor.stops.set()
+    await draining
+    await settle()
+    assert not held.monitor.running
+    assert held.recorded == [True], "it is still a pause of ours"
+    await held.end()
+    await settle()
+    assert held.monitor.running
+    assert held.recorded[-1] is False
+
+
+async def test_a_guest_whose_io_does_not_end_is_let_go_on() -> None:
+    held = Held(Monitor())
+
+    async def never(timeout: float) -> None:
+        held.monitor.said.append("stop")
+        raise DeadlineExceeded("QMP stop")
+
+    held.monitor.pause = never  # type: ignore[method-assign]
+    with pytest.raises(DeadlineExceeded):
+        await held.hold.drain(held.qmp)
+    # QEMU takes them in order: whenever it comes to the first, the second follows.
+    assert held.monitor.said == ["recorded True", "stop", "cont", "recorded False"]
+
+
+async def test_what_a_dead_host_agent_began_to_drain_goes_on() -> None:
+    held = Held(Monitor(running=False), paused=True)
+    await held.hold.connected(held.qmp)
+    assert held.monitor.running
+    assert held.recorded == [False]

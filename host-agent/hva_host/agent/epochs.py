@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -41,6 +41,9 @@ _COUNTS = (
     *("discarded", "discarded_zero", "discarded_layer", "discarded_store", "freed"),
 )
 
+#: Has the guest stand still until QEMU's I/O has ended; seconds it did.
+Drain = Callable[[], Awaitable[float]]
+
 
 class EpochDriver:
     """Runs one epoch at a time for one VM.
@@ -68,11 +71,18 @@ class EpochDriver:
         self._came.set()
 
     async def run(
-        self, guest: GuestLink | None, pager: PagerLink, states: Collection[ReclaimState], *, sift: bool
+        self,
+        guest: GuestLink | None,
+        pager: PagerLink,
+        states: Collection[ReclaimState],
+        *,
+        sift: bool,
+        drain: Drain | None = None,
     ) -> EpochStats:
         """One epoch.
 
         :param guest: who reports and confirms; None: nobody is asked, so the last report serves, and only for copies.
+        :param drain: has I/O end that began before pages were protected; None: none does direct I/O.
         :raise PeerLost: the pager went.
         :raise DeadlineExceeded: the pager did not end the epoch in time.
         :raise RefusedError: the pager refuses: a device pins RAM, or it is busy.
@@ -89,7 +99,9 @@ class EpochDriver:
         done: list[dict[str, Any]] = []
         for part in self._slices.over(wanted):
             members_of = wanted[part.start : part.stop]
-            said = self.transact(pager, members_of, self._protection, guest, part.start, goes_on=bool(done))
+            said = self.transact(
+                pager, members_of, self._protection, guest, part.start, goes_on=bool(done), drain=drain
+            )
             done.append(await said)
             self._slices.took(done[-1]["protected_s"])
             if self._slices.again:
@@ -107,6 +119,7 @@ class EpochDriver:
         first: int = 0,
         *,
         goes_on: bool = False,
+        drain: Drain | None = None,
     ) -> dict[str, Any]:
         """Have the pager do one slice of an epoch, carrying the guest's confirmations; what the pager said of it.
 
@@ -117,22 +130,40 @@ class EpochDriver:
         :raise HvaError: as :meth:`run`.
         """
         self._round += not goes_on
-        arguments = {"seconds": seconds, "first": first, "store": self._store, "round": self._round}
+        arguments: dict[str, object] = {"seconds": seconds, "first": first, "store": self._store, "round": self._round}
+        arguments["drain"] = drain is not None
         number = (await pager.call("begin-epoch", arguments, wanted.tobytes()))["number"]
         reach("agent.epoch.begun")
         limit = seconds + _GRACE_SECONDS
         try:
             protected = await race(self._protected(number), limit, "pager: protection", pager.lost)
             reach("agent.epoch.protected")
+            paused = 0.0
+            if protected is not None and protected["drain"] and drain is not None:
+                paused = await self._drained(drain, pager, protected["epoch"])
             if protected is not None and protected["wants"] and guest is not None:
                 part = Run(first, len(wanted))
                 await self._confirm(guest, pager, bytes.fromhex(protected["epoch"]), part, seconds)
-            return await race(self._event("epoch-done", number), limit, "pager: end of epoch", pager.lost)
+            done = await race(self._event("epoch-done", number), limit, "pager: end of epoch", pager.lost)
+            done["seconds"]["paused"] = paused
+            return done
         except asyncio.CancelledError:
             # Nobody is left to confirm or to be told: the pages need not stay protected until the deadline.
             with suppress(HvaError):
                 await asyncio.shield(pager.call("abandon", timeout=_ABANDON_SECONDS))
             raise
+
+    async def _drained(self, drain: Drain, pager: PagerLink, epoch: str) -> float:
+        """Have I/O end, and tell the pager; seconds the guest stood still."""
+        try:
+            paused = await drain()
+        except HvaError:
+            # Nothing may be compared; that is what the epoch's note will say.
+            await pager.call("abandon", timeout=_ABANDON_SECONDS)
+            return 0.0
+        reach("agent.epoch.drained")
+        await pager.call("drained", {"epoch": epoch})
+        return paused
 
     async def _protected(self, number: int) -> dict[str, Any] | None:
         """The event of protection; None if the epoch ended without."""

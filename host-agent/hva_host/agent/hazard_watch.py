@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 
 from hva_host.agent import hazards
@@ -18,9 +19,13 @@ _TELLING = ("DEVICE_", "MIGRATION", "JOB_STATUS_CHANGE", "MEMORY_DEVICE_", "DUMP
 
 
 class HazardWatch:
-    """One VM's."""
+    """One VM's.
 
-    def __init__(self, refusals: Refusals, qmp: QmpLink, process: QemuProcess) -> None:
+    :param direct: nodes that may do direct I/O: epochs are bracketed for them.
+    """
+
+    def __init__(self, refusals: Refusals, qmp: QmpLink, process: QemuProcess, direct: Collection[str] = ()) -> None:
+        self._direct = direct
         self._refusals = refusals
         self._qmp = qmp
         self._process = process
@@ -39,7 +44,7 @@ class HazardWatch:
         """
         if not self._qmp.connected:
             raise PeerLost("QMP: not connected")
-        self._refusals.set(Source.QEMU, await hazards.of_qemu(self._qmp, deep=deep))
+        self._refusals.set(Source.QEMU, await hazards.of_qemu(self._qmp, deep=deep, direct=self._direct))
         if deep:
             self._refusals.set(Source.PROCESS, await asyncio.to_thread(hazards.of_process, self._process.pid))
 

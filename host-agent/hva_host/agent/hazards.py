@@ -7,7 +7,7 @@ since the last look, by whoever else has a monitor.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -31,16 +31,19 @@ _OBJECTS_MAX = 2000
 _RAM_LINK = "/memfd:memory-backend-memfd"
 
 
-async def of_qemu(qmp: QmpLink, *, deep: bool) -> str:
+async def of_qemu(qmp: QmpLink, *, deep: bool, direct: Collection[str] = ()) -> str:
     """Why discarding is unsafe, as QEMU tells it, or "".
 
     :param deep: look below devices too, which takes some 20 ms; all that can be plugged in is found without.
+    :param direct: nodes that may do direct I/O: epochs are bracketed for them.
     :raise HvaError: QEMU went, or did not answer.
     """
-    looks: tuple[Callable[[QmpLink], Awaitable[str]], ...] = (_moving, _ram, _disks, _networks)
+    looks: tuple[Callable[[QmpLink], Awaitable[str]], ...] = (_moving, _ram, _networks)
     for look in looks:
         if reason := await look(qmp):
             return reason
+    if reason := await _disks(qmp, direct):
+        return reason
     return await _devices(qmp, deep)
 
 
@@ -110,9 +113,9 @@ async def _ram(qmp: QmpLink) -> str:
     return ""
 
 
-async def _disks(qmp: QmpLink) -> str:
+async def _disks(qmp: QmpLink, direct: Collection[str]) -> str:
     for node in await qmp.block_nodes():
-        if node.cache.direct or unsafe.block({"driver": node.driver}):
+        if (node.cache.direct and node.node_name not in direct) or unsafe.block({"driver": node.driver}):
             return f"disk {node.node_name} ({node.driver}) is open for direct I/O; open it with cache.direct=off"
     return ""
 

@@ -1,4 +1,5 @@
 """HELD: pages whose bytes can not be trusted, so that faults on them stay unanswered, and what that means for QMP.
+And the other reason to pause a guest: direct I/O that began before pages were protected has to end.
 
 It is a state of the pager and of the host agent, never of QMP, and everything an operator needs in it works without
 QMP. The guest is stopped beside the vCPU that waits, so that its others do not run on without it; but ``stop`` is sent
@@ -9,14 +10,18 @@ that waits. Only a pause of our own is ever undone: it is recorded before it is 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from hva_host.agent.model import HeldPages
 from hvaqemu.errors import DeadlineExceeded, HvaError, RefusedError
+from hvaqemu.faultpoints import reach
 from hvaqemu.qemu.qmp import QmpLink
 
 _QMP_SECONDS = 10.0
+#: How long I/O may take to end while the guest stands still for it.
+_DRAIN_SECONDS = 5.0
 _PAGES_NAMED = 4
 
 
@@ -26,6 +31,8 @@ class Hold:
     :param paused: a host agent before us has stopped the guest for a hold.
     :param record: called before ``stop`` is sent, and after ``cont`` was: is the guest's pause ours?
     :ivar pages: what is held, as the pager says it.
+    :ivar pausing: held while one looks whether the guest runs, and then stops it: by us, or by an operator through us.
+    :ivar draining: the guest is paused, and let go on, for a moment: nobody need hear of it.
     """
 
     def __init__(self, paused: bool, record: Callable[[bool], None]) -> None:
@@ -35,6 +42,8 @@ class Hold:
         self._record = record
         self._task: asyncio.Task[None] | None = None
         self._undoing = asyncio.Lock()
+        self.pausing = asyncio.Lock()
+        self.draining = False
 
     @property
     def active(self) -> bool:
@@ -99,8 +108,49 @@ class Hold:
         async with self._undoing:
             if self._paused and not self.pages:
                 await qmp.cont(_QMP_SECONDS)
+                reach("agent.drain.resumed")
                 self._paused = False
                 self._record(False)
+
+    async def drain(self, qmp: QmpLink) -> float:
+        """Stop the guest, which has QEMU end all its I/O, and let it go on; seconds it stood still for that.
+
+        A guest that somebody else has paused has no I/O under way, and stays paused. Cancelled, it is let go on first.
+
+        :raise RefusedError: it is held.
+        :raise HvaError: QEMU went, or did not end its I/O in time; a pause of ours is undone once it answers.
+        """
+        work = asyncio.create_task(self._drain(qmp), name="drain")
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait({work})
+            # Seen, so that asyncio does not complain that nobody asked.
+            if not work.cancelled():
+                work.exception()
+            raise
+
+    async def _drain(self, qmp: QmpLink) -> float:
+        async with self.pausing:
+            # One of ours that could not be undone before: QMP was silent then.
+            await self.connected(qmp)
+            if self.active:
+                raise RefusedError(f"HELD: {self.reason}")
+            if not (await qmp.status(_QMP_SECONDS)).running:
+                return 0.0
+            self._record(True)
+            self._paused = self.draining = True
+            reach("agent.drain.recorded")
+            began = time.monotonic()
+            try:
+                await qmp.pause(_DRAIN_SECONDS)
+                reach("agent.drain.stopped")
+            finally:
+                try:
+                    await self.connected(qmp)
+                finally:
+                    self.draining = False
+            return time.monotonic() - began
 
     async def cancel(self) -> None:
         """Wait for nothing any more."""
@@ -116,16 +166,17 @@ class Hold:
     async def _stop(self, qmp: QmpLink) -> None:
         with suppress(HvaError):
             while self.pages:
-                try:
-                    running = (await qmp.status(_QMP_SECONDS)).running
-                except DeadlineExceeded:
-                    # The main loop is what waits; it runs no vCPU that needs it. It may come free by a refault.
-                    continue
-                if running:
-                    self._record(True)
-                    self._paused = True
-                    await qmp.pause(_QMP_SECONDS)
-                return
+                async with self.pausing:
+                    try:
+                        running = (await qmp.status(_QMP_SECONDS)).running
+                    except DeadlineExceeded:
+                        # The main loop is what waits; it runs no vCPU that needs it. It may come free by a refault.
+                        continue
+                    if running:
+                        self._record(True)
+                        self._paused = True
+                        await qmp.pause(_QMP_SECONDS)
+                    return
 
 
 def describe(held: HeldPages) -> str:

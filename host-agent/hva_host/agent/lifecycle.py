@@ -18,7 +18,7 @@ from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import DeadlineExceeded, HvaError, LaunchError, PeerLost, RefusedError
 from hvaqemu.faultpoints import reach
-from hvaqemu.qemu.command import LaunchSockets, build_command
+from hvaqemu.qemu.command import LaunchSockets, build_command, direct_nodes
 from hvaqemu.qemu.disk import create_overlay
 from hvaqemu.qemu.events import QmpEvent
 from hvaqemu.qemu.launch import QEMU_LOG, QMP_SOCKET, launch
@@ -67,7 +67,7 @@ async def start_vm(
         reach("agent.up.launched")
         try:
             await hazards.listen(qmp)
-            if reason := await hazards.of_qemu(qmp, deep=True):
+            if reason := await hazards.of_qemu(qmp, deep=True, direct=direct_nodes(config.extra_disks)):
                 raise RefusedError(f"VM {config.name}: {reason}", "take it out of qemu_args")
             record = VmRecord(
                 config=config,

@@ -81,6 +81,8 @@ class PhaseSeconds(Record):
     preserve: float = 0.0
     confirm: float = 0.0
     discard: float = 0.0
+    #: The guest stood still for so long, so that direct I/O could end.
+    paused: float = 0.0
     total: float = 0.0
 
 

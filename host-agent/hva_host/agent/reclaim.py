@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from hva_host.agent.epochs import EpochDriver
+from hva_host.agent.epochs import Drain, EpochDriver
 from hva_host.agent.guest_exchange import ScanReport
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.members import in_turn
@@ -38,6 +38,7 @@ class Reclaimer:
     :param check: raises before an epoch that would not be safe.
     :param on_epoch: told of every epoch that ended.
     :param store: bytes the compressed store may occupy.
+    :param drain: what epochs are bracketed with where a disk does direct I/O.
     :ivar exclusive: held during an epoch, and by whatever must not overlap one.
     :ivar epochs: what the last ones did, oldest first.
     """
@@ -51,7 +52,9 @@ class Reclaimer:
         check: Callable[[], Coroutine[Any, Any, None]],
         on_epoch: Callable[[EpochStats], None],
         store: int = 0,
+        drain: Drain | None = None,
     ) -> None:
+        self._drain = drain
         self.exclusive = asyncio.Lock()
         self.epochs: deque[EpochStats] = deque(maxlen=_EPOCHS_KEPT)
         self._driver = EpochDriver(pages, protection, store)
@@ -134,7 +137,8 @@ class Reclaimer:
     async def _epoch(self, states: Sequence[ReclaimState], *, sift: bool) -> EpochStats:
         async with self.exclusive:
             await self._check()
-            stats = await self._driver.run(self._guest(), self._pager().link, states, sift=sift)
+            link = self._pager().link
+            stats = await self._driver.run(self._guest(), link, states, sift=sift, drain=self._drain)
         self.epochs.append(stats)
         self._on_epoch(stats)
         return stats

@@ -46,12 +46,15 @@ from hvaqemu.config import VmConfig
 from hvaqemu.errors import HvaError, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu import logs
-from hvaqemu.qemu.events import QmpEvent
+from hvaqemu.qemu.command import direct_nodes
+from hvaqemu.qemu.events import QmpEvent, Resume, Stop
 from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG, QEMU_LOG
 from hvaqemu.qemu.process import QemuProcess, StopTimeouts
 from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.scenario_config import ReclaimState
 
+#: Commands of an operator's that pause the guest or let it go on.
+_PAUSING = ("stop", "cont")
 _RESTORE_SECONDS_PER_GIB = 60.0
 #: A guest that is held can not shut down, and a main loop that waits for a page can not quit.
 _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
@@ -79,6 +82,7 @@ class Vm:
         self.refusals = Refusals(self._on_refusals)
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
         self.pager = PagerHandle(folder.path, pagers, self._on_pager_event)
+        direct = direct_nodes(record.config.extra_disks)
         self.reclaimer = Reclaimer(
             pages,
             record.config.protection_limit,
@@ -87,9 +91,10 @@ class Vm:
             self._refuse_when_unsafe,
             self._on_epoch,
             record.config.store_limit,
+            (lambda: self._hold.drain(self.qmp)) if direct else None,
         )
         self._list = DiscardedList(pages, self._who_answers, lambda: self.pager)
-        self._hazards = HazardWatch(self.refusals, qmp, process)
+        self._hazards = HazardWatch(self.refusals, qmp, process, direct)
         self._monitor = Monitor(qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed)
         #: What goes on until the VM is let go.
         self._watches = Chores(self.name, self._on_bug)
@@ -139,6 +144,8 @@ class Vm:
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""
+        if self._hold.draining and isinstance(event, Stop | Resume):
+            return
         self._hazards.on_qmp_event(event)
         self._condition.on_qmp_event(event)
 
@@ -305,7 +312,9 @@ class Vm:
         if not command.startswith("query-"):
             self._hold.refuse(self.name)
         try:
-            return await self._monitor.execute(command, arguments, timeout)
+            # Not between our look whether the guest runs and our own ``stop`` and ``cont``.
+            async with self._hold.pausing if command in _PAUSING else contextlib.nullcontext():
+                return await self._monitor.execute(command, arguments, timeout)
         except RefusedError as error:
             raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error
 

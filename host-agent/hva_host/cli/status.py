@@ -118,6 +118,8 @@ def _epochs(epochs: list[EpochStats]) -> Table:
     if any(epoch.discarded_store or epoch.unpreserved for epoch in epochs[-_EPOCHS_SHOWN:]):
         phases.insert(3, "preserve")
         names[-1:] = ["unpreserved", "resting", "discarded"]
+    if any(epoch.seconds.paused for epoch in epochs[-_EPOCHS_SHOWN:]):
+        phases.insert(-1, "paused")
     made = table(
         "#EPOCH",
         *(f"#{name}" for name in names),

@@ -69,6 +69,7 @@ class Commands:
             "hello": self._hello,
             "add-layer": self._add_layer,
             "begin-epoch": self._begin_epoch,
+            "drained": self._drained,
             "confirm": self._confirm,
             "abandon": self._abandon,
             "residence": self._residence,
@@ -121,7 +122,12 @@ class Commands:
     def _announce_protected(self, epoch: Epoch) -> None:
         if epoch.identifier and epoch.number != self._announced:
             self._announced = epoch.number
-            data = {"epoch": epoch.identifier.hex(), "number": epoch.number, "wants": epoch.wants_confirmation()}
+            data = {
+                "epoch": epoch.identifier.hex(),
+                "number": epoch.number,
+                "wants": epoch.wants_confirmation(),
+                "drain": epoch.wants_drain(),
+            }
             self._server.broadcast({"event": "protected", "data": data})
 
     def _hello(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
@@ -139,7 +145,8 @@ class Commands:
         wanted = np.frombuffer(payload, np.uint8)
         self._preserver.limit, self._preserver.round = int(arguments.get("store", 0)), int(arguments.get("round", 0))
         seconds, first = float(arguments["seconds"]), int(arguments["first"])
-        epoch = Epoch(self._ram, self._prover, wanted, seconds, first, self._preserver)
+        drain = bool(arguments.get("drain"))
+        epoch = Epoch(self._ram, self._prover, wanted, seconds, first, self._preserver, drain=drain)
         self._work.begin(epoch.steps(), lambda: self._epoch_done(epoch), epoch)
         return {"number": epoch.number}
 
@@ -156,6 +163,13 @@ class Commands:
             "note": epoch.note,
         }
         self._server.broadcast({"event": "epoch-done", "data": data})
+
+    def _drained(self, arguments: Message, _payload: bytes) -> dict[str, Any]:
+        epoch = self._work.epoch
+        accepted = epoch is not None and epoch.drained(bytes.fromhex(arguments["epoch"]))
+        if accepted:
+            self._work.hurry()
+        return {"accepted": accepted}
 
     def _confirm(self, arguments: Message, payload: bytes) -> dict[str, Any]:
         epoch = self._work.epoch

@@ -5,6 +5,8 @@ The rules, and what in here keeps them:
 * Nothing is discarded on a report. Copies are compared byte for byte while protected; UNUSED pages are confirmed free
   by two scans of the guest that began after protection, answering an identifier made after protection.
 * STABLE pages go with the bytes that were read, under that same protection, for the store.
+* Where a disk does direct I/O, bytes may still come past the protection until that was drained: nothing is compared
+  before somebody said, answering an identifier made after protection, that it was (:meth:`Epoch.drained`).
 * Only pages present after protecting are candidates: :meth:`Epoch._drop_absent`.
 * Any event on a page takes it out before it is answered: whoever answers calls :meth:`Epoch.leave` first. Whoever
   answers is the thread that runs :meth:`Epoch.steps`, which discards without giving way between looking at the
@@ -71,6 +73,7 @@ class Phase(enum.StrEnum):
 
     SIFTING = "sifting"
     PROTECTING = "protecting"
+    DRAINING = "draining"
     PROVING = "proving"
     PRESERVING = "preserving"
     CONFIRMING = "confirming"
@@ -83,7 +86,7 @@ class Step(enum.Enum):
 
     #: Nothing: call again once faults are answered.
     WORK = enum.auto()
-    #: A confirmation or the deadline.
+    #: A confirmation, word that I/O was drained, or the deadline.
     CONFIRM = enum.auto()
     #: The disk.
     DISK = enum.auto()
@@ -96,6 +99,7 @@ class Epoch:
         are ignored.
     :param seconds: how long pages may stay protected.
     :param preserver: pages out what is STABLE; None: such pages are only compared.
+    :param drain: wait for :meth:`drained` before anything is compared.
     :ivar identifier: what confirmations must answer; empty until the pages are protected.
     """
 
@@ -107,6 +111,8 @@ class Epoch:
         seconds: float,
         first: int = 0,
         preserver: Preserver | None = None,
+        *,
+        drain: bool = False,
     ) -> None:
         """:raise ValueError: RAM has no such part."""
         if not 0 <= first < first + len(wanted) <= ram.pages:
@@ -126,6 +132,7 @@ class Epoch:
         self._ram = ram
         self._prover = prover
         self._preserver = preserver
+        self._draining = drain
         self._first = first
         self._stop = first + len(wanted)
         self._freed = Freed(ram, wanted == Member.UNUSED, first)
@@ -160,6 +167,17 @@ class Epoch:
         """How many pages the epoch was begun over."""
         return len(self._members)
 
+    def drained(self, identifier: bytes) -> bool:
+        """No I/O that began before protection is under way any more; answers whether that was waited for."""
+        if not self._draining or not self.identifier or identifier != self.identifier:
+            return False
+        self._draining = False
+        return True
+
+    def wants_drain(self) -> bool:
+        """Is :meth:`drained` waited for?"""
+        return self._draining and len(self._with(Member.COPY, Member.STABLE)) > 0
+
     def wants_confirmation(self) -> bool:
         """Is there an UNUSED candidate?"""
         return bool(self._freed) or bool(np.any(self._members == Member.UNUSED))
@@ -190,6 +208,8 @@ class Epoch:
             self._freed.note()
             # What comes before it is what the scans that answer it come after: protection, and entries noted.
             self.identifier = os.urandom(8) + self.number.to_bytes(8, "big")
+            yield from self._await_drain()
+            reach("pager.epoch.drained")
             yield from self._timed("prove", self._prove_copies())
             reach("pager.epoch.proven")
             yield from self._timed("preserve", self._preserve())
@@ -273,6 +293,15 @@ class Epoch:
                 yield Step.WORK
                 until = time.monotonic() + _SLICE_SECONDS
         self._members[position - self._first : stop - self._first] = Member.OUT
+
+    def _await_drain(self) -> Iterator[Step]:
+        while self.wants_drain():
+            self.phase = Phase.DRAINING
+            if self._late("direct I/O was not drained in time"):
+                self._give_up(Member.COPY, "unmatched")
+                self._give_up(Member.STABLE, "unpreserved")
+                return
+            yield Step.CONFIRM
 
     def _prove_copies(self) -> Iterator[Step]:
         self.phase = Phase.PROVING

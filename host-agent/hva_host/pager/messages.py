@@ -8,17 +8,18 @@ bounds what the other sends.
 |---|---|---|---|
 | ``hello`` | | | pages, pid, version |
 | ``add-layer`` | path, index | | slot |
-| ``begin-epoch`` | seconds, first: pfn, store: its limit in bytes, round: the same for all parts of an epoch | a byte a
-page (:class:`hva_host.pager.epoch.Member`) | number |
+| ``begin-epoch`` | seconds, first: pfn, store: its limit in bytes, round: the same for all parts of an epoch,
+drain: wait for ``drained`` | a byte a page (:class:`hva_host.pager.epoch.Member`) | number |
 | ``confirm`` | epoch (hex), round | a bit a page of the epoch, first page in the highest bit | accepted |
+| ``drained`` | epoch (hex) | | accepted |
 | ``abandon`` | | | |
 | ``restore`` | | | once every page with an entry is resident: pages |
 | ``resume`` | | | held: pages; answered once the disk has brought what it takes to try, or after some seconds |
 | ``residence`` | start, pages | | map: base64, zlib, a byte a page |
 | ``status`` | | | what the pager knows |
 
-Events: ``protected`` (epoch, number, wants) once the pages are protected; ``epoch-done`` with what the epoch did;
-``held`` when a fault must not be answered.
+Events: ``protected`` (epoch, number, wants, drain) once the pages are protected; ``epoch-done`` with what the epoch
+did; ``held`` when a fault must not be answered.
 """
 
 from __future__ import annotations

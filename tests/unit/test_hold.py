@@ -213,7 +213,7 @@ async def test_nobody_elses_stop_comes_between_our_two() -> None:
     assert held.hold.draining
 
     async def operator() -> None:
-        async with held.hold.pausing:
+        async with held.hold.by_operator(held.qmp):
             await held.monitor.pause(1.0)
 
     stopping = asyncio.create_task(operator())
@@ -276,3 +276,22 @@ async def test_what_a_dead_host_agent_began_to_drain_goes_on() -> None:
     await held.hold.connected(held.qmp)
     assert held.monitor.running
     assert held.recorded == [False]
+
+
+async def test_a_pause_of_ours_that_could_not_be_undone_does_not_undo_an_operators() -> None:
+    held = Held(Monitor())
+    cont = held.monitor.cont
+
+    async def silent(timeout: float) -> None:
+        raise DeadlineExceeded("QMP cont")
+
+    held.monitor.cont = silent  # type: ignore[method-assign]
+    with pytest.raises(DeadlineExceeded):
+        await held.hold.drain(held.qmp)
+    held.monitor.cont = cont  # type: ignore[method-assign]
+    async with held.hold.by_operator(held.qmp):
+        await held.monitor.pause(1.0)
+    await held.hold.connected(held.qmp)
+    assert await held.hold.drain(held.qmp) == 0.0
+    assert not held.monitor.running
+    assert held.recorded == [True, False]

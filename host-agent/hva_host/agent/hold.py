@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 
 from hva_host.agent.model import HeldPages
 from hvaqemu.errors import DeadlineExceeded, HvaError, RefusedError
@@ -151,6 +151,19 @@ class Hold:
                 finally:
                     self.draining = False
             return time.monotonic() - began
+
+    @asynccontextmanager
+    async def by_operator(self, qmp: QmpLink) -> AsyncIterator[None]:
+        """Inside, an operator pauses the guest or lets it go on.
+
+        Not between a look of ours and our ``stop`` or ``cont``; and after a pause of ours that could not be undone
+        when its time came, or that would be undone later in place of theirs.
+
+        :raise HvaError: QEMU went, or did not answer.
+        """
+        async with self.pausing:
+            await self.connected(qmp)
+            yield
 
     async def cancel(self) -> None:
         """Wait for nothing any more."""

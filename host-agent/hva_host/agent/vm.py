@@ -312,8 +312,7 @@ class Vm:
         if not command.startswith("query-"):
             self._hold.refuse(self.name)
         try:
-            # Not between our look whether the guest runs and our own ``stop`` and ``cont``.
-            async with self._hold.pausing if command in _PAUSING else contextlib.nullcontext():
+            async with self._hold.by_operator(self.qmp) if command in _PAUSING else contextlib.nullcontext():
                 return await self._monitor.execute(command, arguments, timeout)
         except RefusedError as error:
             raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error

@@ -29,9 +29,12 @@ def content(number, turn):
     seed = hashlib.sha512(b"%d %d" % (number, turn)).digest()
     return b"".join(seed + (page * 64 + part).to_bytes(8, "big") * 7 + b"direct  " for page in range(16)
                     for part in range(32))
-disk = os.open("/dev/vdb", os.O_RDWR)
-past = os.open("/dev/vdb", os.O_RDWR | os.O_DIRECT)
 buffer = mmap.mmap(-1, BLOCK)
+# Disks are found in any order.
+name = next(name for name in os.listdir("/sys/block") if name.startswith("vd")
+            and open("/sys/block/%s/serial" % name).read().strip() == "extra0")
+disk = os.open("/dev/" + name, os.O_RDWR)
+past = os.open("/dev/" + name, os.O_RDWR | os.O_DIRECT)
 turns, end, checked = {}, time.monotonic() + float(sys.argv[1]), 0
 while time.monotonic() < end:
     number = random.randrange(BLOCKS)

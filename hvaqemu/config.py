@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
+    Field,
     ModelWrapValidatorHandler,
     RootModel,
     ValidatorFunctionWrapHandler,
@@ -22,9 +23,13 @@ from pydantic import (
 from hvaqemu import strict_yaml
 from hvaqemu.fields import Config, Count, Flag, HostPath, Location, Name, Seconds, Size, Text, absolute, complain
 from hvaqemu.image_config import DEFAULT_IMAGE, ImageConfig
+from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.qemu import user_args
 from hvaqemu.qemu.profile import PROFILES, MachineProfile
-from hvaqemu.units import format_size
+from hvaqemu.units import GiB, MiB, format_size
+
+FREEZE_AFTER_MIN = 16 * MiB
+SWAP_MIN = 16 * MiB
 
 PROTECTION_LEAST = 0.05
 
@@ -67,6 +72,26 @@ def _long_enough(seconds: float) -> float:
     return seconds
 
 
+class FreezeConfig(Config):
+    """When what a guest wrote becomes a layer, and how long a chain of layers may get."""
+
+    #: Bytes written since a disk was frozen last that make it due; None: disks are frozen only when asked for.
+    after: Size | None = None
+    #: Seconds that must lie between.
+    every: Seconds = 600.0
+    #: Bytes that the files of a VM's disks may occupy; beyond that nothing is frozen by itself.
+    disk_budget: Size = 4 * GiB
+    #: Frozen files of a disk; beyond that they are merged. Each costs a look for every cluster a guest reads, a
+    #: descriptor in QEMU and a slot in the ledger, which has 63 for all disks and for merged files in use.
+    depth: Annotated[int, Field(strict=True, ge=1, le=16)] = 8
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.after is not None and self.after < FREEZE_AFTER_MIN:
+            complain((("after",), f"at least {format_size(FREEZE_AFTER_MIN)}: each freeze makes a file and an index"))
+        return self
+
+
 def _without_line_ends(value: str) -> str:
     if set(value) & set("\0\r\n"):
         raise ValueError("must be one line")
@@ -92,6 +117,11 @@ class VmConfig(Config):
     image: Annotated[str | ImageConfig, WrapValidator(_image_value)] = DEFAULT_IMAGE
     extra_disks: tuple[ExtraDisk, ...] = ()
     store: StoreConfig = StoreConfig()
+    #: Bytes of a disk for the guest to swap to; None: no such disk.
+    swap: Size | None = None
+    freeze: FreezeConfig = FreezeConfig()
+    #: Whether what the guest wrote to its root disk outlives the VM; the next one of that name boots from it.
+    keep_disks: Flag = False
     #: Put behind the image's own on the guest kernel's command line.
     kernel_args: Annotated[str, AfterValidator(_without_line_ends)] = ""
     #: Put behind QEMU's own arguments; what would be unsafe is refused here.
@@ -128,6 +158,8 @@ class VmConfig(Config):
             wrong.append((("store", "limit"), f"is more than the VM's memory, {format_size(self.memory)}"))
         if self.cpus > profile.max_cpus:
             wrong.append((("cpus",), f"{self.cpus} is more than the {profile.max_cpus} of {profile.name}"))
+        if self.swap is not None and (self.swap < SWAP_MIN or self.swap % PAGE_SIZE):
+            wrong.append((("swap",), f"must be a multiple of {PAGE_SIZE} and at least {format_size(SWAP_MIN)}"))
         first: dict[Path, int] = {}
         for index, disk in enumerate(self.extra_disks):
             if first.setdefault(disk.path, index) != index:

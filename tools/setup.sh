@@ -9,6 +9,7 @@ packages=(
     qemu-system-misc qemu-utils     # qemu-system-s390x; qemu-img
     mmdebstrap debian-archive-keyring e2fsprogs cpio   # building guest images
     gcc libc6-dev linux-libc-dev libxxhash-dev                   # the shim, comparing pages
+    xfsprogs                        # a test's second file system
 )
 
 say() { printf '==> %s\n' "$*"; }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from hvaqemu.units import MiB
 RAM_ID = "ram0"
 BALLOON_ID = "balloon0"
 GOLDEN_NODE = "golden"
+#: Disks whose files are the VM's own; their first file's node has the same name.
 ROOT_NODE = "root"
+SWAP_NODE = "swap"
 AGENT_PORT = "org.hvaqemu.agent.0"
 
 
@@ -45,12 +47,16 @@ class LaunchFiles:
     initrd: Path
     #: The kernel's command line without the project's own switches.
     kernel_args: str
+    #: QEMU appends what the guest's console prints.
+    console_log: Path
     #: The raw image the root disk is based on; never written.
     golden: Path
     #: The qcow2 file that takes the guest's writes.
     overlay: Path
-    #: QEMU appends what the guest's console prints.
-    console_log: Path
+    #: Frozen qcow2 files between the two, bottom first.
+    frozen: tuple[Path, ...] = ()
+    #: The qcow2 files of the disk that the guest swaps to, bottom first; the last takes its writes. Empty: none.
+    swap: tuple[Path, ...] = ()
     extra_disks: tuple[RawDisk, ...] = ()
 
 
@@ -104,8 +110,8 @@ def _accelerator(profile: MachineProfile, config: VmConfig) -> str:
 
 
 def _kernel_args(config: VmConfig, files: LaunchFiles) -> str:
-    switches = "hva.exec=1" if config.allow_exec else ""
-    return " ".join(part for part in (files.kernel_args, config.kernel_args, switches) if part)
+    switches = ("hva.exec=1" if config.allow_exec else "", "hva.swap=1" if files.swap else "")
+    return " ".join(part for part in (files.kernel_args, config.kernel_args, *switches) if part)
 
 
 def _ram(config: VmConfig) -> dict[str, object]:
@@ -121,14 +127,31 @@ def _direct_node(index: int) -> str:
     return f"extra{index}-direct"
 
 
-def _file(path: Path, read_only: bool) -> dict[str, object]:
+def _file(path: Path) -> dict[str, object]:
     return {
         "driver": "file",
         "filename": str(path),
-        "read-only": read_only,
         "auto-read-only": False,
         # Through the host's page cache: direct I/O pins guest pages and writes past their write protection.
         "cache": {"direct": False, "no-flush": False},
+    }
+
+
+def overlay_node(path: Path, backing: str | None, *, read_only: bool = False) -> dict[str, object]:
+    """The block node of a qcow2 file; its name is the file's, without the suffix.
+
+    :param backing: the node below; None: nothing yet. Named here, so what the file's header says of its backing file
+        is never looked at.
+    """
+    return {
+        "driver": "qcow2",
+        "node-name": path.stem,
+        "read-only": read_only,
+        "auto-read-only": False,
+        # Whether it may be written is left to the node above: QEMU then closes its writable descriptor when it is
+        # frozen, so that the kernel can tell a writer of a layer from nobody.
+        "file": _file(path),
+        "backing": backing,
     }
 
 
@@ -138,22 +161,22 @@ def _nodes(files: LaunchFiles) -> list[dict[str, object]]:
         "node-name": GOLDEN_NODE,
         "read-only": True,
         "auto-read-only": False,
-        "file": _file(files.golden, read_only=True),
+        "file": _file(files.golden) | {"read-only": True},
     }
-    root: dict[str, object] = {
-        "driver": "qcow2",
-        "node-name": ROOT_NODE,
-        "read-only": False,
-        "auto-read-only": False,
-        "file": _file(files.overlay, read_only=False),
-        # Named here, so what the overlay's header says of its backing file is never looked at.
-        "backing": GOLDEN_NODE,
-    }
-    return [golden, root, *(_extra_node(index, disk) for index, disk in enumerate(files.extra_disks))]
+    root = _chain_nodes(GOLDEN_NODE, (*files.frozen, files.overlay))
+    swap = _chain_nodes(None, files.swap)
+    return [golden, *root, *swap, *(_extra_node(index, disk) for index, disk in enumerate(files.extra_disks))]
+
+
+def _chain_nodes(backing: str | None, files: Sequence[Path]) -> Iterator[dict[str, object]]:
+    for path in files:
+        yield overlay_node(path, backing, read_only=path != files[-1])
+        backing = path.stem
 
 
 def _extra_node(index: int, disk: RawDisk) -> dict[str, object]:
-    file = _file(disk.path, disk.read_only) | {"driver": "host_device" if disk.block_device else "file"}
+    driver = "host_device" if disk.block_device else "file"
+    file = _file(disk.path) | {"driver": driver, "read-only": disk.read_only}
     if disk.direct:
         file |= {"node-name": _direct_node(index), "cache": {"direct": True, "no-flush": False}}
     return {
@@ -168,7 +191,9 @@ def _extra_node(index: int, disk: RawDisk) -> dict[str, object]:
 def _devices(profile: MachineProfile, files: LaunchFiles) -> list[dict[str, object]]:
     """In the order the guest finds them: the root disk is its first disk."""
     suffix = profile.virtio_suffix
-    disks = [_disk(suffix, ROOT_NODE), *(_disk(suffix, f"extra{index}") for index in range(len(files.extra_disks)))]
+    disks = [_disk(suffix, ROOT_NODE, files.overlay.stem)]
+    disks += [_disk(suffix, SWAP_NODE, files.swap[-1].stem)] if files.swap else []
+    disks += [_disk(suffix, f"extra{index}", f"extra{index}") for index in range(len(files.extra_disks))]
     return [
         {"driver": profile.console_device, "chardev": "console"},
         *disks,
@@ -179,5 +204,10 @@ def _devices(profile: MachineProfile, files: LaunchFiles) -> list[dict[str, obje
     ]
 
 
-def _disk(suffix: str, node: str) -> dict[str, object]:
-    return {"driver": f"virtio-blk{suffix}", "id": f"disk-{node}", "drive": node, "serial": node}
+def _disk(suffix: str, name: str, node: str) -> dict[str, object]:
+    return {"driver": f"virtio-blk{suffix}", "id": disk_id(name), "drive": node, "serial": name}
+
+
+def disk_id(name: str) -> str:
+    """The id of the device of a disk."""
+    return f"disk-{name}"

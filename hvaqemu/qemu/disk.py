@@ -75,13 +75,35 @@ def create_overlay(golden: Path, overlay: Path) -> None:
     :raise ConfigError: ``golden`` can not be used.
     :raise HostError: qemu-img is not there, or failed; nothing is left behind.
     """
+    check_raw(golden.absolute(), read_only=True)
+    _create(overlay, ("-F", "raw", "-b", str(golden.absolute())))
+
+
+def create_next(below: Path, overlay: Path, size: int) -> None:
+    """Make ``overlay``, an empty qcow2 file on top of a qcow2 file that a QEMU may have open.
+
+    :param size: bytes of the disk; ``below`` is not opened.
+    :raise HostError: as :func:`create_overlay`.
+    """
+    _create(overlay, ("-u", "-F", "qcow2", "-b", str(below.absolute())), size)
+
+
+def create_empty(path: Path, size: int) -> None:
+    """Make an empty qcow2 file of a disk of ``size`` bytes.
+
+    :raise HostError: as :func:`create_overlay`.
+    """
+    _create(path, (), size)
+
+
+def _create(overlay: Path, options: Sequence[str], size: int | None = None) -> None:
     # Absolute: qemu-img takes "name:" at the start of a relative path for a protocol, and a relative backing file is
     # looked for beside the overlay.
-    golden, overlay = golden.absolute(), overlay.absolute()
-    check_raw(golden, read_only=True)
+    overlay = overlay.absolute()
     if overlay.exists():
         raise HostError(f"{overlay}: is already there")
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(golden), str(overlay)]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, str(overlay)]
+    command += [] if size is None else [str(size)]
     try:
         done = subprocess.run(
             command,

@@ -89,7 +89,7 @@ class Machine:
         stat = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
         self.process = QemuProcess.adopt(self.child.pid, int(stat[19]), self.folder / "log")
         await self.pager.start(self.child.pid, self.layers)
-        self._keeper = asyncio.create_task(keep_pager(self.pager, self.process, self.layers, self))
+        self._keeper = asyncio.create_task(keep_pager(self.pager, self.process, lambda: self.layers, self))
 
     async def close(self) -> None:
         if self._keeper is not None:

@@ -15,6 +15,7 @@ from hva_host.agent.control_commands import CommandTable
 from hva_host.agent.model import (
     EpochStats,
     ExecResult,
+    FrozenDisk,
     HeldPages,
     Measure,
     PhaseSeconds,
@@ -121,6 +122,16 @@ class StandInVm:
             seconds=1.5,
         )
 
+    async def freeze(self, disk: str | None) -> list[FrozenDisk]:
+        self.asked.append(("freeze", disk))
+        self._emit("LAYER_INDEXING", {"name": self.name, "layer": "/s/root.qcow2", "done": 1 << 20, "size": 4 << 20})
+        return [FrozenDisk(disk="root", layer="/s/root.qcow2", bytes=4 << 20, seconds=0.1, index_seconds=0.2)]
+
+    async def merge(self, disk: str | None) -> list[str]:
+        self.asked.append(("merge", disk))
+        self._emit("MERGING", {"name": self.name, "disk": "root", "done": 1 << 20, "size": 4 << 20})
+        return ["/s/root-1.qcow2"]
+
     async def restore(self) -> int:
         self.restoring.set()
         try:
@@ -181,7 +192,7 @@ class StandInFleet:
         self.machines[config.name] = vm
         return vm
 
-    async def down(self, name: str) -> str:
+    async def down(self, name: str, keep_disks: bool | None = None) -> str:
         self.get(name)
         self.downing.set()
         await self.go_down.wait()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hvaqemu.config import Accelerator, ExtraDisk, StoreConfig, VmConfig, image_path, load_vm
+from hvaqemu.config import Accelerator, ExtraDisk, FreezeConfig, StoreConfig, VmConfig, image_path, load_vm
 from hvaqemu.errors import ConfigError
 from hvaqemu.image_config import ImageConfig, load_image
 from hvaqemu.units import GiB, MiB
@@ -95,8 +95,11 @@ def test_all_keys(tmp_path: Path) -> None:
         "machine: s390x\naccelerator: kvm\ncpus: 4\nallow_exec: true\nboot_timeout: 2m\n"
         "image: {name: mine, packages: [fio, stress-ng], files: {/opt/job.sh: ./job.sh}, size: 2G}\n"
         "extra_disks: [{path: data.raw, read_only: true}, {path: /dev/loop9}]\n"
+        "swap: 256M\nkeep_disks: true\nfreeze: {after: 64M, every: 5m, disk_budget: 2G, depth: 3}\n"
     )
     config = load_vm(write(tmp_path, text))
+    assert (config.swap, config.keep_disks) == (256 * MiB, True)
+    assert config.freeze == FreezeConfig(after=64 * MiB, every=300.0, disk_budget=2 * GiB, depth=3)
     assert config.accelerator is Accelerator.KVM
     assert config.boot_timeout == 120.0
     assert [disk.path for disk in config.extra_disks] == [tmp_path / "data.raw", Path("/dev/loop9")]
@@ -139,6 +142,14 @@ def test_image_by_path_is_relative_to_the_file(tmp_path: Path) -> None:
         ("name: 'a,b'\nmemory: 512M\n", "vm.yaml:1: key name: must be 1 to 63 letters"),
         (f"name: {'a' * 64}\nmemory: 512M\n", "vm.yaml:1: key name: must be 1 to 63 letters"),
         ("name: -a\nmemory: 512M\n", "vm.yaml:1: key name: must be 1 to 63 letters"),
+        (VM + "swap: 1M\n", "vm.yaml:3: key swap: must be a multiple of 4096 and at least 16.0 MiB"),
+        (VM + "swap: 33554433\n", "vm.yaml:3: key swap: must be a multiple of 4096 and at least 16.0 MiB"),
+        (VM + "swap: x\n", "vm.yaml:3: key swap: 'x' is not a size; write for example 512M or 2G"),
+        (VM + "keep_disks: 1\n", "vm.yaml:3: key keep_disks: input should be a valid boolean"),
+        (VM + "freeze: {after: 1M}\n", "vm.yaml:3: key freeze.after: at least 16.0 MiB: each freeze makes a file"),
+        (VM + "freeze: {depth: 17}\n", "vm.yaml:3: key freeze.depth: input should be less than or equal to 16"),
+        (VM + "freeze: {every: never}\n", "vm.yaml:3: key freeze.every: 'never' is not a duration"),
+        (VM + "freeze: {often: 1}\n", "vm.yaml:3: key freeze.often: is not a known key"),
         (VM + "machine: pc\n", "vm.yaml:3: key machine: 'pc' is not a machine profile; known: s390x"),
         (VM + "accelerator: xen\n", "vm.yaml:3: key accelerator: input should be 'tcg' or 'kvm', not 'xen'"),
         (VM + "cpus: 0\n", "vm.yaml:3: key cpus: input should be greater than or equal to 1, not 0"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hva_host.agent.members import in_turn, members
-from hva_host.pager.epoch import Member
+from hva_host.pager.epoch import SWAP_CACHE, Member
 from hva_host.pager.messages import HEADER_MAX, MessageDecoder, encode
 from hva_host.pager.stalls import Stalls
 from hvaqemu.errors import ProtocolError
@@ -60,7 +60,13 @@ def test_members_follow_the_states_asked_for() -> None:
         [PageState.STABLE, PageState.UNUSED, PageState.VOLATILE, PageState.POTENTIAL, swapcache], dtype=np.uint8
     )
     both = (ReclaimState.UNUSED, ReclaimState.VOLATILE)
-    assert members(report, 5, both, sift=True).tolist() == [Member.SIFT, Member.UNUSED, Member.COPY, 0, Member.COPY]
+    assert members(report, 5, both, sift=True).tolist() == [
+        Member.SIFT,
+        Member.UNUSED,
+        Member.COPY,
+        0,
+        Member.COPY | SWAP_CACHE,
+    ]
     assert members(report, 5, both[:1], sift=False).tolist() == [0, Member.UNUSED, 0, 0, 0]
     potential = (ReclaimState.POTENTIAL,)
     assert members(report, 5, potential, sift=False).tolist() == [0, 0, 0, Member.COPY, 0]

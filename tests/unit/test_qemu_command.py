@@ -98,9 +98,32 @@ def test_no_image_format_is_ever_probed_nor_written_around_the_page_cache() -> N
     protocols = [node["file"] for node in nodes]
     assert all(isinstance(file, dict) and file["cache"]["direct"] is False for file in protocols)
     assert [file["driver"] for file in protocols if isinstance(file, dict)] == ["file", "file", "file", "host_device"]
-    assert [file["read-only"] for file in protocols if isinstance(file, dict)] == [True, False, True, False]
+    # Of a file that may be frozen it is left to the node above, so that QEMU closes its writable descriptor then.
+    assert [file.get("read-only") for file in protocols if isinstance(file, dict)] == [True, None, True, False]
     assert nodes[1]["backing"] == "golden"
     assert all(node["auto-read-only"] is False for node in nodes)
+
+
+def test_a_chain_is_opened_bottom_first_and_written_at_its_top_only() -> None:
+    frozen = (Path("/v/root.qcow2"), Path("/v/root-4.qcow2"))
+    swap = (Path("/v/swap.qcow2"), Path("/v/swap-1.qcow2"))
+    argv = command(files=replace(FILES, frozen=frozen, overlay=Path("/v/root-7.qcow2"), swap=swap))
+    nodes = objects(argv, "-blockdev")
+    assert [(node["node-name"], node.get("backing"), node["read-only"]) for node in nodes] == [
+        ("golden", None, True),
+        ("root", "golden", True),
+        ("root-4", "root", True),
+        ("root-7", "root-4", False),
+        ("swap", None, True),
+        ("swap-1", "swap", False),
+    ]
+    disks = [device for device in objects(argv, "-device") if "drive" in device]
+    assert [(disk["id"], disk["drive"], disk["serial"]) for disk in disks] == [
+        ("disk-root", "root-7", "root"),
+        ("disk-swap", "swap-1", "swap"),
+    ]
+    assert "hva.swap=1" in values(argv, "-append")[0].split()
+    assert "hva.swap=1" not in values(command(), "-append")[0].split()
 
 
 def test_devices_root_disk_first() -> None:
@@ -125,6 +148,8 @@ def test_devices_root_disk_first() -> None:
 def test_paths_never_change_a_meaning(golden: Path, overlay: Path, extra: Path) -> None:
     """Whatever paths hold, each argument is the same but for the path itself."""
     plain = command(files=replace(FILES, extra_disks=(RawDisk(Path("/plain"), True),)))
+    # A file of ours has a name of ours, which is its node's too; its folder may be called anything.
+    overlay = overlay / "root.qcow2"
     files = replace(FILES, golden=golden, overlay=overlay, extra_disks=(RawDisk(extra, True),))
     nasty = command(files=files)
     assert [a for a, b in zip(plain, nasty, strict=True) if a != b] == [

@@ -15,7 +15,7 @@ from qemu.qmp.error import QMPError
 from qemu.qmp.message import Message
 
 from hva_host.agent import control_wire as wire
-from hva_host.agent.model import ExecResult, ReclaimResult, VmStatus
+from hva_host.agent.model import ExecResult, FrozenDisk, ReclaimResult, VmStatus
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import HvaError, PeerLost, ProtocolError
 from hvaqemu.qemu.race import race
@@ -112,9 +112,10 @@ class ControlClient:
         arguments = {"config": config.model_dump(mode="json")}
         return VmStatus.model_validate(await self.execute("vm-up", arguments, timeout=_LONG, on_event=on_event))
 
-    async def down(self, name: str) -> str:
-        """Stop a VM; how it ended."""
-        return str((await self.execute("vm-down", {"name": name}, timeout=180.0))["how"])
+    async def down(self, name: str, keep_disks: bool | None = None) -> str:
+        """Stop a VM; how it ended. Its root disk is kept if asked for, or (None) if it was to be kept."""
+        arguments = {"name": name, "keep_disks": keep_disks}
+        return str((await self.execute("vm-down", arguments, timeout=180.0))["how"])
 
     async def status(self, name: str) -> VmStatus:
         """A VM's status."""
@@ -136,6 +137,18 @@ class ControlClient:
         arguments = {"name": name, "states": list(states), "epochs": epochs}
         result = await self.execute("vm-reclaim", arguments, timeout=_LONG, on_event=on_event)
         return ReclaimResult.model_validate(result)
+
+    async def freeze(self, name: str, disk: str | None, on_event: OnEvent) -> list[FrozenDisk]:
+        """Freeze a disk, or all; returns once what was frozen is a layer."""
+        arguments = {"name": name, "disk": disk}
+        done = await self.execute("vm-freeze", arguments, timeout=_LONG, on_event=_of_vm(name, on_event))
+        return [FrozenDisk.model_validate(each) for each in done["disks"]]
+
+    async def merge(self, name: str, disk: str | None, on_event: OnEvent) -> list[str]:
+        """Merge the frozen files of a disk, or of each; files that went."""
+        arguments = {"name": name, "disk": disk}
+        done = await self.execute("vm-merge", arguments, timeout=_LONG, on_event=_of_vm(name, on_event))
+        return [str(path) for path in done["merged"]]
 
     async def restore(self, name: str) -> int:
         """Make every page resident; how many were not."""
@@ -166,6 +179,16 @@ class ControlClient:
     async def quit(self) -> None:
         """End the host agent; the VMs go on."""
         await self.execute("quit")
+
+
+def _of_vm(name: str, on_event: OnEvent) -> OnEvent:
+    """Only what is said of one VM."""
+
+    def of_it(event: str, data: dict[str, Any]) -> None:
+        if data.get("name") == name:
+            on_event(event, data)
+
+    return of_it
 
 
 class _Listener(EventListener):

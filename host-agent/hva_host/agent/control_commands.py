@@ -13,10 +13,10 @@ from typing import Annotated, Any, Protocol, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from hva_host.agent.control_wire import version
-from hva_host.agent.model import EpochStats, ExecResult, Measure, ReclaimResult, VmStatus
+from hva_host.agent.model import EpochStats, ExecResult, FrozenDisk, Measure, ReclaimResult, VmStatus
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError
-from hvaqemu.fields import Count, Name, Seconds, Size, Text
+from hvaqemu.fields import Count, Flag, Name, Seconds, Size, Text
 from hvaqemu.protocol import STDIN_BYTES_MAX
 from hvaqemu.scenario_config import DEFAULT_STATES, ReclaimState
 
@@ -40,6 +40,8 @@ class ControlledVm(Protocol):
         epochs: int | None = None,
         on_epoch: Callable[[EpochStats], None] | None = None,
     ) -> ReclaimResult: ...
+    async def freeze(self, disk: str | None) -> list[FrozenDisk]: ...
+    async def merge(self, disk: str | None) -> list[str]: ...
     async def restore(self) -> int: ...
     async def resume(self) -> int: ...
     async def execute(
@@ -56,7 +58,7 @@ class ControlledFleet(Protocol[Machine]):
     """What commands need of the fleet."""
 
     async def up(self, config: VmConfig, progress: Callable[[str], None]) -> Machine: ...
-    async def down(self, name: str) -> str: ...
+    async def down(self, name: str, keep_disks: bool | None = None) -> str: ...
     def get(self, name: str) -> Machine: ...
     def vms(self) -> Sequence[Machine]: ...
 
@@ -93,6 +95,14 @@ class _Named(Arguments):
 class _Reclaim(_Named):
     states: Annotated[tuple[ReclaimState, ...], Field(min_length=1)] = DEFAULT_STATES
     epochs: Count | None = None
+
+
+class _Down(_Named):
+    keep_disks: Flag | None = None
+
+
+class _Disk(_Named):
+    disk: Text | None = None
 
 
 class _Exec(_Named):
@@ -156,11 +166,14 @@ class CommandTable:
                 Command("query-version", Arguments, self._query_version),
                 Command("query-vms", Arguments, self._query_vms),
                 Command("vm-up", _Up, self._up),
-                Command("vm-down", _Named, self._down, detached=True),
+                Command("vm-down", _Down, self._down, detached=True),
                 Command("vm-status", _Named, self._status),
                 Command("vm-measure", _Named, self._measure),
                 Command("vm-console", _Named, self._console),
                 Command("vm-reclaim", _Reclaim, self._reclaim),
+                # Begun is ended: half of a freeze is of no use to anybody.
+                Command("vm-freeze", _Disk, self._freeze, detached=True),
+                Command("vm-merge", _Disk, self._merge),
                 Command("vm-restore", _Named, self._restore),
                 Command("vm-resume", _Named, self._resume, detached=True),
                 Command("vm-exec", _Exec, self._exec),
@@ -192,8 +205,8 @@ class CommandTable:
         )
         return _json(await vm.status())
 
-    async def _down(self, arguments: _Named) -> object:
-        return {"how": await self._fleet.down(arguments.name)}
+    async def _down(self, arguments: _Down) -> object:
+        return {"how": await self._fleet.down(arguments.name, arguments.keep_disks)}
 
     async def _status(self, arguments: _Named) -> object:
         return _json(await self._fleet.get(arguments.name).status())
@@ -207,6 +220,12 @@ class CommandTable:
     async def _reclaim(self, arguments: _Reclaim) -> object:
         # Each epoch is an event of the VM's own.
         return _json(await self._fleet.get(arguments.name).reclaim(arguments.states, epochs=arguments.epochs))
+
+    async def _freeze(self, arguments: _Disk) -> object:
+        return {"disks": [_json(disk) for disk in await self._fleet.get(arguments.name).freeze(arguments.disk)]}
+
+    async def _merge(self, arguments: _Disk) -> object:
+        return {"merged": await self._fleet.get(arguments.name).merge(arguments.disk)}
 
     async def _restore(self, arguments: _Named) -> object:
         return {"pages": await self._fleet.get(arguments.name).restore()}

@@ -38,7 +38,7 @@ _ABANDON_SECONDS = 2.0
 _LEFT = {"unmatched": 0, "unconfirmed": 0, "unpreserved": 0, "later": 0, "resting": 0, "note": ""}
 _COUNTS = (
     *("candidates", "proven", "touched", "unmatched", "unconfirmed", "unpreserved", "later", "resting"),
-    *("discarded", "discarded_zero", "discarded_layer", "discarded_store", "freed"),
+    *("discarded", "discarded_zero", "discarded_layer", "discarded_store", "discarded_swap_cache", "freed"),
 )
 
 #: Has the guest stand still until QEMU's I/O has ended; seconds it did.

@@ -18,7 +18,12 @@ _KEYS_MAX = 4096
 #: Epochs are counted, not told: with reclaim going on all the time there is no end of them.
 _UNTOLD = frozenset({"EPOCH"})
 #: What an operator should see among the rest; so are states that take one.
-_LOUD = frozenset({"VM_HELD", "LAYER_WRITER", "LAYER_CHANGED", "RECLAIM_REFUSED", "PAGER_LOST", "PAGER_FAILED"})
+_LOUD = frozenset(
+    {
+        *("VM_HELD", "LAYER_WRITER", "LAYER_CHANGED", "RECLAIM_REFUSED", "PAGER_LOST", "PAGER_FAILED"),
+        *("FREEZE_BUDGET", "FREEZE_FAILED"),
+    }
+)
 _LOUD_STATES = frozenset({"held", "panicked"})
 
 

@@ -123,9 +123,11 @@ class Fleet:
             raise
         return VmFolder(self._runtime, name)
 
-    async def down(self, name: str) -> str:
+    async def down(self, name: str, keep_disks: bool | None = None) -> str:
         """End a VM and delete what it leaves; how it ended.
 
+        :param keep_disks: whether its root disk stays for the next VM of that name; None: if it was to be kept. With
+            False, one that is not running may be named too, whose disk was kept.
         :raise ConfigError: no such VM.
         :raise DeadlineExceeded: QEMU can not be ended.
         """
@@ -133,18 +135,29 @@ class Fleet:
             starting.cancel()
             await asyncio.wait({starting})
             return "it was still starting"
-        if name in self._cleared:
+        if name in self._cleared and keep_disks is not False:
             return self._cleared.pop(name)
+        if keep_disks is False and name not in self._vms and name not in self._foreign:
+            return self._delete_kept(name)
         self.get(name)
         async with self._names.setdefault(name, asyncio.Lock()):
             # Asked again: another request may have ended it while this one waited.
-            return await self._end(self.get(name))
+            return await self._end(self.get(name), keep_disks)
 
-    async def _end(self, vm: Vm) -> str:
+    async def _end(self, vm: Vm, keep_disks: bool | None = None) -> str:
         how = await vm.stop(_DOWN)
-        vm.folder.remove()
+        if keep_disks:
+            vm.folder.store(vm.record, keep=True)
+        vm.folder.remove(keep_disks)
         del self._vms[vm.name]
         return how
+
+    def _delete_kept(self, name: str) -> str:
+        self._cleared.pop(name, None)
+        if not (records.disks_of(name)).exists():
+            self.get(name)
+        VmFolder(self._runtime, name).remove(keep=False)
+        return "its disk was kept"
 
     def get(self, name: str) -> Vm:
         """The VM of that name.

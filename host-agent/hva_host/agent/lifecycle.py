@@ -19,7 +19,6 @@ from hvaqemu.config import VmConfig
 from hvaqemu.errors import DeadlineExceeded, HvaError, LaunchError, PeerLost, RefusedError
 from hvaqemu.faultpoints import reach
 from hvaqemu.qemu.command import LaunchSockets, build_command, direct_nodes
-from hvaqemu.qemu.disk import create_overlay
 from hvaqemu.qemu.events import QmpEvent
 from hvaqemu.qemu.launch import QEMU_LOG, QMP_SOCKET, launch
 from hvaqemu.qemu.process import QemuProcess, StopTimeouts
@@ -49,14 +48,24 @@ async def start_vm(
     :raise HvaError: what went wrong, with the log's last words where QEMU or the guest had some.
     """
     async with AsyncExitStack() as undo:
-        undo.callback(folder.remove)
+        kept = folder.kept()
+        undo.callback(folder.remove, keep=kept is not None)
         shim = await asyncio.to_thread(ensure_shim, progress)
         image = await asyncio.to_thread(plan.image_of, config, progress)
+        if kept is not None:
+            image = await asyncio.to_thread(plan.image_of_kept, config.name, image, kept)
+            progress(f"booting from the disk that was kept of {config.name}")
         index = await plan.ensure_index(image.root, progress)
         layers, contents = ((image.root, index),), (await asyncio.to_thread(content_of, image.root, index),)
-        folder.make_disks()
-        files = plan.launch_files(config, image, runtime=folder.path, disks=folder.disks)
-        await asyncio.to_thread(create_overlay, files.golden, files.overlay)
+        chains = plan.new_chains(config, image, folder.disks)
+        fresh = chains
+        if kept is not None:
+            # What was swapped out is of no use to a guest that boots.
+            fresh = chains[1:]
+            chains = (kept.chain.without_qemu(), *fresh)
+        folder.make_disks(chains[0] if kept is not None else None)
+        files = plan.launch_files(config, image, runtime=folder.path, chains=chains)
+        await asyncio.to_thread(plan.make_disks, fresh)
         reach("agent.up.disks")
         progress("starting QEMU")
         events = _Relay()
@@ -75,10 +84,11 @@ async def start_vm(
                 qemu_start_time=process.start_time,
                 layers=layers,
                 contents=contents,
+                chains=chains,
             )
             vm = Vm(folder, record, process, qmp, pagers, listener)
             undo.push_async_callback(vm.stop, _KILL)
-            folder.store(record)
+            folder.store(record, keep=kept is not None or config.keep_disks)
             reach("agent.up.recorded")
             events.vm = vm
             progress("attaching the pager")
@@ -158,7 +168,8 @@ def command_of(config: VmConfig, runtime: Path) -> list[str]:
     """
     image = plan.image_of(config, lambda _line: None)
     folder = runtime / "vms" / config.name
-    files = plan.launch_files(config, image, runtime=folder, disks=disks_of(config.name))
+    chains = plan.new_chains(config, image, disks_of(config.name))
+    files = plan.launch_files(config, image, runtime=folder, chains=chains)
     return build_command(config.profile, config, files, LaunchSockets(qmp=3, agent=4))
 
 

@@ -7,15 +7,15 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hva_host.pager.epoch import Member
-from hvaqemu.pages import STATE_MASK, PageState
+from hva_host.pager.epoch import SWAP_CACHE, Member
+from hvaqemu.pages import STATE_MASK, PageAttribute, PageState
 from hvaqemu.scenario_config import ReclaimState
 
 
 def members(
     class_map: NDArray[np.uint8] | None, pages: int, states: Collection[ReclaimState], *, sift: bool
 ) -> NDArray[np.uint8]:
-    """:class:`Member` values for an epoch; uint8, shape ``(pages,)``.
+    """:class:`Member` values for an epoch, swap-cache pages with :data:`SWAP_CACHE`; uint8, shape ``(pages,)``.
 
     :param class_map: the guest's newest report (state and attributes a byte), shape ``(pages,)``; None where the guest
         never reported: then every page may be a copy, and none is known to be free.
@@ -41,6 +41,8 @@ def members(
         wanted[found == PageState.VOLATILE] = Member.COPY_OR_STABLE if stable else Member.COPY
     if ReclaimState.POTENTIAL in states:
         wanted[found == PageState.POTENTIAL] = Member.COPY_OR_STABLE if stable else Member.COPY
+    swapped = (found == PageState.VOLATILE) & (class_map & PageAttribute.SWAPCACHE != 0)
+    wanted[swapped & (wanted != Member.OUT)] |= SWAP_CACHE
     return wanted
 
 

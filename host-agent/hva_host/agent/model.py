@@ -111,6 +111,8 @@ class EpochStats(Record):
     discarded_store: int
     #: Discarded pages the guest has freed since: they come back as zeros, not from their layer.
     freed: int = 0
+    #: Of all discarded, those that the guest said are of its swap cache.
+    discarded_swap_cache: int = 0
     resident_before: int
     seconds: PhaseSeconds
     #: Transactions it was done in, and the longest time pages stayed protected in one.
@@ -138,6 +140,30 @@ class HeldPages(Record):
     reason: str
 
 
+class DiskStatus(Record):
+    """A disk whose writes go to files of the VM's own; bytes on the host."""
+
+    disk: str
+    #: Frozen files, and how many of them pages are matched with.
+    frozen: int
+    indexed: int
+    written_bytes: int
+    frozen_bytes: int
+    #: Of merged files that pages still depend on.
+    retired_bytes: int
+
+
+class FrozenDisk(Record):
+    """What freezing a disk came to."""
+
+    disk: str
+    layer: str
+    bytes: int
+    #: Until the guest wrote to the new file, and then until pages were matched with the frozen one.
+    seconds: float
+    index_seconds: float
+
+
 class VmStatus(Record):
     """All that ``status NAME`` shows."""
 
@@ -158,6 +184,7 @@ class VmStatus(Record):
     epochs: list[EpochStats] = []
     stalls: StallStats = StallStats()
     held: list[HeldPages] = []
+    disks: list[DiskStatus] = []
 
 
 class ReclaimResult(Record):

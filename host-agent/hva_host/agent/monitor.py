@@ -8,14 +8,15 @@ QEMU that runs (:mod:`hva_host.agent.hazards`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
+from hva_host.agent.chain import Chain
 from hva_host.agent.hazard_watch import HazardWatch
 from hva_host.agent.refusals import Refusals, Source
 from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost, RefusedError
 from hvaqemu.qemu import unsafe
-from hvaqemu.qemu.command import GOLDEN_NODE, RAM_ID
+from hvaqemu.qemu.command import GOLDEN_NODE, RAM_ID, disk_id
 from hvaqemu.qemu.qmp import QmpLink
 from hvaqemu.units import format_size
 
@@ -47,6 +48,8 @@ _HMP_WHOLE_RAM = frozenset(("savevm", "loadvm", "delvm"))
 _HMP_HARMLESS = frozenset(
     ("info", "help", "?", "x", "xp", "print", "p", "sum", "gpa2hva", "gva2gpa", "qom-list", "log")
 )
+#: Change which files a disk consists of, or what lies in which.
+_CHANGES_CHAIN = frozenset(("blockdev-snapshot", "blockdev-snapshot-sync", "block-commit", "block-stream"))
 _OPENS_GOLDEN = frozenset(("blockdev-add", "x-blockdev-set-iothread"))
 
 
@@ -64,12 +67,14 @@ class Monitor:
         refusals: Refusals,
         hazards: HazardWatch,
         room: Callable[[], Awaitable[tuple[int, int]]],
+        chains: Callable[[], Sequence[Chain]] = tuple,
     ) -> None:
         self._qmp = qmp
         self._exclusive = exclusive
         self._refusals = refusals
         self._hazards = hazards
         self._room = room
+        self._chains = chains
         #: Commands under way that keep reclaim from going on.
         self._under_way: list[str] = []
 
@@ -81,7 +86,7 @@ class Monitor:
         :raise QmpError: QEMU refuses.
         :raise HvaError: QEMU went, or did not answer in time; the command may still take effect.
         """
-        if reason := refusal(command, arguments):
+        if reason := refusal(command, arguments, self._chains()):
             raise RefusedError(f"QMP {command}: {reason}")
         if not self._qmp.connected:
             raise PeerLost("QMP: not connected")
@@ -126,11 +131,16 @@ class Monitor:
         self._exclusive.release()
 
 
-def refusal(command: str, arguments: Arguments) -> str:
-    """Why a command is not passed on, or ""."""
+def refusal(command: str, arguments: Arguments, chains: Sequence[Chain] = ()) -> str:
+    """Why a command is not passed on, or "".
+
+    :param chains: the VM's own disks.
+    """
     if command in _REFUSED:
         return _REFUSED[command]
     if command in _CHECKS and (reason := _CHECKS[command](arguments)):
+        return reason
+    if command == "transaction" and (reason := _transaction(arguments, chains)):
         return reason
     given = unsafe.flat(arguments)
     if (
@@ -139,6 +149,17 @@ def refusal(command: str, arguments: Arguments) -> str:
         and command not in _OPENS_GOLDEN
     ):
         return f"{GOLDEN_NODE} is the image that VMs share, and pages depend on it: it never changes"
+    return "" if command.startswith(("query-", "x-query-")) else _of_chains(command, set(given.values()), chains)
+
+
+def _of_chains(command: str, given: set[str], chains: Sequence[Chain]) -> str:
+    """Why a command must not be given these nodes of the VM's own disks, or ""."""
+    for chain in chains:
+        for path in chain.frozen:
+            if path.stem in given:
+                return f"{path.stem} is a frozen layer, and pages depend on it; use 'hvaqemu merge'"
+        if command in _CHANGES_CHAIN and given & {chain.active.stem, disk_id(chain.disk)}:
+            return f"{chain.active.stem} is a disk of the VM's own; use 'hvaqemu freeze' or 'hvaqemu merge'"
     return ""
 
 
@@ -209,11 +230,11 @@ def _first_word(arguments: Arguments) -> str:
     return (str(arguments.get("command-line", "")).split() or [""])[0]
 
 
-def _transaction(arguments: Arguments) -> str:
+def _transaction(arguments: Arguments, chains: Sequence[Chain]) -> str:
     actions = arguments.get("actions")
     for action in actions if isinstance(actions, list) else ():
         data = action.get("data") if isinstance(action, dict) else None
-        if isinstance(data, dict) and (reason := refusal(str(action.get("type")), data)):
+        if isinstance(data, dict) and (reason := refusal(str(action.get("type")), data, chains)):
             return f"{action.get('type')}: {reason}"
     return ""
 
@@ -232,5 +253,4 @@ _CHECKS: Mapping[str, _Check] = {
     "migrate-set-capabilities": _capabilities,
     "qom-set": _property,
     "human-monitor-command": _human,
-    "transaction": _transaction,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -55,9 +55,15 @@ async def connect_or_start(pager: PagerHandle, process: QemuProcess, layers: Seq
 
 
 async def keep_pager(
-    pager: PagerHandle, process: QemuProcess, layers: Sequence[tuple[Path, Path]], watcher: PagerWatcher
+    pager: PagerHandle,
+    process: QemuProcess,
+    layers: Callable[[], Sequence[tuple[Path, Path]]],
+    watcher: PagerWatcher,
 ) -> None:
-    """Replace the pager whenever it dies or no longer answers, until QEMU ends or the caller cancels this."""
+    """Replace the pager whenever it dies or no longer answers, until QEMU ends or the caller cancels this.
+
+    :param layers: those of the moment; asked anew for each pager.
+    """
     pause = _RETRY_SECONDS
     died: float | None = None
     while process.alive:
@@ -69,7 +75,7 @@ async def keep_pager(
             died = time.monotonic()
             watcher.pager_lost()
         try:
-            await connect_or_start(pager, process, layers)
+            await connect_or_start(pager, process, layers())
         except Exception as error:
             # Whatever it is, never given up while QEMU lives: its vCPUs wait for a pager.
             if time.monotonic() - died > _FAILED_SECONDS:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hva_host.agent.layer_watch import refuse_writers
+from hva_host.agent.chain import Chain, first_file
+from hva_host.agent.layer_watch import holds_still, refuse_writers
+from hva_host.agent.records import KeptDisk
 from hva_host.memory.index import StaleIndexError, build_index, fingerprint_file
 from hva_host.memory.layers import open_layer
-from hva_images import GuestImage, ensure_image
+from hva_images import GuestImage, ensure_image, list_images
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import HostError
+from hvaqemu.errors import ConfigError, HostError
 from hvaqemu.paths import cache_dir
-from hvaqemu.qemu.command import LaunchFiles
-from hvaqemu.qemu.disk import check_extra_disks
+from hvaqemu.qemu.command import ROOT_NODE, SWAP_NODE, LaunchFiles
+from hvaqemu.qemu.disk import check_extra_disks, create_empty, create_overlay
 from hvaqemu.qemu.launch import CONSOLE_LOG
-
-ROOT_OVERLAY = "root.qcow2"
 
 Progress = Callable[[str], None]
 
@@ -30,19 +30,63 @@ def image_of(config: VmConfig, progress: Progress) -> GuestImage:
     return ensure_image(config.image, base_dir=Path.cwd(), progress=progress)
 
 
-def launch_files(config: VmConfig, image: GuestImage, *, runtime: Path, disks: Path) -> LaunchFiles:
+def image_of_kept(name: str, image: GuestImage, kept: KeptDisk) -> GuestImage:
+    """The image that a kept disk lies on: its file, its kernel. Blocks, for seconds if the file is another one now.
+
+    :param image: the one its VM would start from without.
+    :raise ConfigError: it is gone, or does not hold what it held.
+    """
+    base = kept.chain.base
+    found = next((each for each in (image, *list_images()) if each.root == base), None)
+    hint = f"'hvaqemu down {name} --delete-disks' gives the disk up"
+    if found is None or not found.root.exists():
+        raise ConfigError(f"VM {name}: its disk was kept, and the image below it, {base}, is gone", hint)
+    if not holds_still(found.root, kept.base):
+        raise ConfigError(f"VM {name}: its disk was kept, and the image below it, {base}, has changed", hint)
+    return found
+
+
+def new_chains(config: VmConfig, image: GuestImage, disks: Path) -> tuple[Chain, ...]:
+    """The VM's own disks, with nothing written to them; nothing is made here.
+
+    :param disks: their directory.
+    """
+    root = Chain(disk=ROOT_NODE, base=image.root, files=(first_file(disks, ROOT_NODE),), size=image.size_bytes)
+    if config.swap is None:
+        return (root,)
+    swap = Chain(disk=SWAP_NODE, base=None, files=(first_file(disks, SWAP_NODE),), size=config.swap)
+    return root, swap
+
+
+def make_disks(chains: Sequence[Chain]) -> None:
+    """Make the files of new disks. Blocks for some 20 ms each.
+
+    :raise HvaError: as :func:`hvaqemu.qemu.disk.create_overlay`.
+    """
+    for chain in chains:
+        if chain.base is None:
+            create_empty(chain.active, chain.size)
+        else:
+            create_overlay(chain.base, chain.active)
+
+
+def launch_files(config: VmConfig, image: GuestImage, *, runtime: Path, chains: Sequence[Chain]) -> LaunchFiles:
     """What QEMU is started with; nothing is made here.
 
     :param runtime: the VM's runtime directory.
-    :param disks: the directory of the VM's own disks.
+    :param chains: the VM's own disks.
     :raise ConfigError: an extra disk can not be used.
     """
+    root = next(chain for chain in chains if chain.disk == ROOT_NODE)
+    swap = next((chain.files for chain in chains if chain.disk == SWAP_NODE), ())
     return LaunchFiles(
         kernel=image.kernel,
         initrd=image.initrd,
         kernel_args=image.kernel_args,
-        golden=image.root,
-        overlay=disks / ROOT_OVERLAY,
+        golden=image.root if root.base is None else root.base,
+        overlay=root.active,
+        frozen=root.frozen,
+        swap=swap,
         console_log=runtime / CONSOLE_LOG,
         extra_disks=check_extra_disks(config.extra_disks),
     )

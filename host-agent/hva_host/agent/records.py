@@ -10,16 +10,21 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hva_host.agent.chain import Chain, Merge
 from hva_host.agent.layer_watch import LayerContent
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, HostError
 from hvaqemu.paths import private_folder, state_dir
+from hvaqemu.qemu.command import ROOT_NODE
 
 _RECORD = "vm.json"
+#: Its being there says that the disk is to be kept.
+_KEPT = "kept.json"
 
 
 class VmRecord(BaseModel):
@@ -35,10 +40,25 @@ class VmRecord(BaseModel):
     layers: tuple[tuple[Path, Path], ...]
     #: What each of them held when it was first matched against, in the same order.
     contents: tuple[LayerContent, ...]
+    #: The VM's own disks; none: an earlier version of hvaqemu started it, and they can not be frozen.
+    chains: tuple[Chain, ...] = ()
+    merging: Merge | None = None
+    #: Merged files that pages may still depend on.
+    retired: tuple[Path, ...] = ()
     #: The guest was stopped for a hold, by us: whoever ends the hold lets it go on.
     paused_for_hold: bool = False
     pager_restarts: int = 0
     pager_pause_s: float = 0.0
+
+
+class KeptDisk(BaseModel):
+    """A root disk that outlives its VM. Beside the disk's files, so that it is there as long as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    chain: Chain
+    #: What the image below held.
+    base: LayerContent
 
 
 def disks_of(name: str) -> Path:
@@ -93,35 +113,64 @@ class VmFolder:
             hint = "end its QEMU with the hvaqemu that started it"
             raise HostError(f"{path}: not a record of this version of hvaqemu", hint) from error
 
-    def store(self, record: VmRecord) -> None:
+    def store(self, record: VmRecord, *, keep: bool = False) -> None:
         """Replace the record.
 
+        :param keep: see that the root disk is kept as the record has it.
         :raise HostError: no room.
         """
-        scratch = self.path / f"{_RECORD}.new"
-        try:
-            scratch.touch(mode=0o600)
-            scratch.write_text(record.model_dump_json())
-            scratch.replace(self.path / _RECORD)
-        except OSError as error:
-            raise HostError(f"{self.path}: {error.strerror}") from error
+        _replace(self.path / _RECORD, record.model_dump_json())
+        root = next((chain for chain in record.chains if chain.disk == ROOT_NODE), None)
+        if keep and root is not None:
+            _replace(self.disks / _KEPT, KeptDisk(chain=root, base=record.contents[0]).model_dump_json())
 
-    def make_disks(self) -> None:
-        """An empty directory for the VM's disks, in place of what a dead VM left.
+    def make_disks(self, keep: Chain | None = None) -> None:
+        """A directory for the VM's disks, with nothing in it but the files of a kept one and their indexes.
 
         :raise HostError: it can not be made.
         """
         try:
-            shutil.rmtree(self.disks, ignore_errors=True)
             private_folder(self.disks)
+            names = {path.name for path in keep.files} | {_KEPT} if keep is not None else set()
+            for path in self.disks.iterdir():
+                if path.name not in names and not (path.suffix == ".idx" and _indexed(path) in names):
+                    path.unlink()
         except OSError as error:
             raise HostError(f"{self.disks}: {error.strerror}") from error
 
-    def remove(self) -> None:
-        """Delete the VM's files, disks included, and give the name free. Once only; later calls do nothing."""
+    @property
+    def keeps(self) -> bool:
+        """Is the VM's root disk to outlive it?"""
+        return (self.disks / _KEPT).exists()
+
+    def kept(self) -> KeptDisk | None:
+        """The root disk that an earlier VM of this name left, if it was to be kept.
+
+        :raise HostError: there is one that this version can not read.
+        """
+        path = self.disks / _KEPT
+        try:
+            return KeptDisk.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            hint = f"'hvaqemu down {self.name} --delete-disks' deletes it"
+            raise HostError(f"{path}: not a record of this version of hvaqemu", hint) from error
+
+    def remove(self, keep: bool | None = None) -> None:
+        """Delete the VM's files and give the name free. Once only; later calls do nothing.
+
+        :param keep: keep its root disk; None: if it was to be kept.
+        """
         if self._lock < 0:
             return
-        shutil.rmtree(self.disks, ignore_errors=True)
+        if self.keeps if keep is None else keep:
+            # What was swapped out, and what was merged away, is of no use without the guest.
+            with suppress(HostError):
+                kept = self.kept()
+                self.make_disks(kept.chain.without_qemu() if kept is not None else None)
+        else:
+            shutil.rmtree(self.disks, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
@@ -130,6 +179,21 @@ class VmFolder:
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(f"{path.name}.new")
+    try:
+        scratch.touch(mode=0o600)
+        scratch.write_text(text)
+        scratch.replace(path)
+    except OSError as error:
+        raise HostError(f"{path.parent}: {error.strerror}") from error
+
+
+def _indexed(index: Path) -> str:
+    """The name of the file that an index is of: "root.qcow2.idx" is of "root.qcow2"."""
+    return index.stem
 
 
 def names(runtime: Path) -> list[str]:

@@ -15,18 +15,22 @@ from typing import Any
 
 from hva_host.agent import accounts, hazards, measures
 from hva_host.agent.bounded_logs import keep_bounded
+from hva_host.agent.chain_keeper import ChainKeeper
 from hva_host.agent.chores import Chores
 from hva_host.agent.condition import Condition, Listener
 from hva_host.agent.discarded_list import DiscardedList
+from hva_host.agent.freezer import Disks, connected
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hazard_watch import HazardWatch
 from hva_host.agent.hold import Hold
 from hva_host.agent.holding import Holding
+from hva_host.agent.layer_book import LayerBook
 from hva_host.agent.layer_watch import LayerWatch
 from hva_host.agent.model import (
     EpochStats,
     ExecResult,
+    FrozenDisk,
     Measure,
     ReclaimResult,
     Sample,
@@ -95,7 +99,14 @@ class Vm:
         )
         self._list = DiscardedList(pages, self._who_answers, lambda: self.pager)
         self._hazards = HazardWatch(self.refusals, qmp, process, direct)
-        self._monitor = Monitor(qmp, self.reclaimer.exclusive, self.refusals, self._hazards, self._room_needed)
+        self._monitor = Monitor(
+            qmp,
+            self.reclaimer.exclusive,
+            self.refusals,
+            self._hazards,
+            self._room_needed,
+            lambda: self.record.chains,
+        )
         #: What goes on until the VM is let go.
         self._watches = Chores(self.name, self._on_bug)
         #: What goes on beside and ends by itself.
@@ -105,6 +116,10 @@ class Vm:
         self.holding = Holding(self.name, self.pager, qmp, self._hold, self._condition, self._chores, listener)
         contents = zip(record.layers, record.contents, strict=True)
         self.layers = LayerWatch([(image, content) for (image, _), content in contents], self._on_layers)
+        book = LayerBook(self, self.layers, lambda: self.pager, self._tell)
+        chains = Disks(self, book, lambda: connected(self.qmp), self.reclaimer.exclusive, self._tell, self._available)
+        #: Freezes and merges.
+        self.disks = ChainKeeper(self.name, chains, record.config.freeze, lambda: self._hold.refuse(self.name))
 
     @property
     def name(self) -> str:
@@ -136,11 +151,12 @@ class Vm:
         self.guest.start()
         self.layers.start()
         self._watches.begin("QEMU", self._watch_qemu())
-        self._watches.begin("pager", keep_pager(self.pager, self.process, self.record.layers, self))
+        self._watches.begin("pager", keep_pager(self.pager, self.process, lambda: self.record.layers, self))
         self._watches.begin("QMP", keep_qmp(self.qmp, self.process, self.follow))
         self._watches.begin("hazards", self._hazards.run())
         self._watches.begin("list of discarded pages", self._list.run())
         self._watches.begin("logs", keep_bounded(*self._logs()))
+        self._watches.begin("disks", self.disks.run())
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""
@@ -223,6 +239,7 @@ class Vm:
             epochs=list(self.reclaimer.epochs),
             stalls=StallStats(**pager.get("stalls", {})),
             held=list(self._hold.pages),
+            disks=self.disks.status(),
         )
 
     async def reclaim(
@@ -253,6 +270,20 @@ class Vm:
         :raise HvaError: what ended it before.
         """
         return await self.reclaimer.stop()
+
+    async def freeze(self, disk: str | None) -> list[FrozenDisk]:
+        """Make a layer of what the guest wrote to a disk, or to all of them.
+
+        :raise HvaError: as :meth:`ChainKeeper.freeze`.
+        """
+        return await self.disks.freeze(disk)
+
+    async def merge(self, disk: str | None) -> list[str]:
+        """Merge the frozen files of a disk, or of each; files that went.
+
+        :raise HvaError: as :meth:`ChainKeeper.merge`.
+        """
+        return await self.disks.merge(disk)
 
     async def restore(self) -> int:
         """Make every discarded page resident; how many were.
@@ -377,6 +408,21 @@ class Vm:
         self.record = self.record.model_copy(update=changes)
         with contextlib.suppress(HvaError):
             self.folder.store(self.record)
+
+    def store(self, **changes: Any) -> None:
+        """Replace parts of the record, for what must not go on unrecorded.
+
+        :raise HostError: no room; nothing has changed.
+        """
+        record = self.record.model_copy(update=changes)
+        self.folder.store(record, keep=self.folder.keeps)
+        self.record = record
+
+    def _tell(self, event: str, data: dict[str, Any]) -> None:
+        self._listener(event, {"name": self.name, **data})
+
+    def _available(self) -> int:
+        return accounts.available_to(self.process.pid)
 
     def _on_refusals(self, text: str) -> None:
         self._listener("RECLAIM_REFUSED" if text else "RECLAIM_ALLOWED", {"name": self.name, "reason": text})

@@ -26,6 +26,8 @@ _COMMANDS = (
     "ls",
     "status",
     "reclaim",
+    "freeze",
+    "merge",
     "restore",
     "resume",
     "exec",

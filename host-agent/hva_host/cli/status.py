@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from hva_host.agent.model import EpochStats, Measure, VmStatus
+    from hva_host.agent.model import DiskStatus, EpochStats, Measure, VmStatus
 
 _EPOCHS_SHOWN = 8
 _DESCRIPTION = """\
@@ -60,6 +60,7 @@ def render(vm: VmStatus) -> list[RenderableType]:
         ("memory", format_size(vm.memory_bytes)),
         *(_memory(vm.measure) if vm.measure else [("measure", "no answer from the pager")]),
     ]
+    rows += [(f"disk {disk.disk}", _disk(disk)) for disk in vm.disks]
     stalls = vm.stalls
     if stalls.count:
         waited = ", ".join(
@@ -80,6 +81,15 @@ def render(vm: VmStatus) -> list[RenderableType]:
     if vm.epochs:
         parts += ["", _epochs(vm.epochs)]
     return parts
+
+
+def _disk(disk: DiskStatus) -> str:
+    from hvaqemu.units import format_size
+
+    frozen = f"{disk.frozen} frozen, {format_size(disk.frozen_bytes)}"
+    frozen += f" ({disk.indexed} in use)" if disk.indexed < disk.frozen else ""
+    merged = f", {format_size(disk.retired_bytes)} merged and still needed" if disk.retired_bytes else ""
+    return f"{format_size(disk.written_bytes)} written; {frozen}{merged}"
 
 
 def _memory(measure: Measure) -> list[tuple[str, object]]:

@@ -98,10 +98,12 @@ class LayerIndex:
         :raise OSError: it can not be read.
         """
         status = os.fstat(fd)
-        if not status.st_size or status.st_size % PAGE_SIZE:
-            raise HostError(f"size {status.st_size} is not a multiple of {PAGE_SIZE}; not a disk image")
+        # A qcow2 file may end anywhere; a guest's page is never in the part of a block that is left over.
+        size = status.st_size - status.st_size % PAGE_SIZE
+        if not size:
+            raise HostError(f"size {status.st_size} is less than a block of {PAGE_SIZE}; not a disk image")
         seed = secrets.randbits(64) if seed is None else seed
-        return cls(seed, _fingerprint_all(fd, status.st_size, seed, progress), fingerprint_file(status))
+        return cls(seed, _fingerprint_all(fd, size, seed, progress), fingerprint_file(status))
 
     def save(self, path: Path) -> None:
         """Write the index; beside ``path`` and then renamed, so that it is there whole or not at all.

@@ -25,6 +25,7 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -71,7 +72,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _FLOCK = struct.Struct("@hhqqi4x")
 
 _SLOT = struct.Struct("=QQQQQQQII")
-_VALID = 1
+#: A slot's first word. Withdrawn: what depends on it is served from it, and nothing new is matched with it.
+_FREE, _VALID, _WITHDRAWN = 0, 1, 2
 
 
 class Counter(enum.IntEnum):
@@ -285,7 +287,7 @@ class Ledger:
             valid, device, inode, size, mtime_ns, seed, digest, path_length, index_length = _SLOT.unpack_from(
                 self._map, offset
             )
-            if valid != _VALID:
+            if valid not in (_VALID, _WITHDRAWN):
                 continue
             start = offset + _SLOT.size
             if path_length + index_length > PAGE_SIZE - _SLOT.size:
@@ -304,13 +306,54 @@ class Ledger:
         offset = (1 + slot) * PAGE_SIZE
         if len(path) + len(index_path) > PAGE_SIZE - _SLOT.size:
             raise RefusedError(f"{record.path}: the path is too long for a layer")
-        if _SLOT.unpack_from(self._map, offset)[0] == _VALID:
+        if self._state(slot) != _FREE:
             raise RefusedError(f"layer slot {slot} is taken")
         fields = (record.device, record.inode, record.size, record.mtime_ns, record.seed, record.digest)
-        _SLOT.pack_into(self._map, offset, 0, *fields, len(path), len(index_path))
+        _SLOT.pack_into(self._map, offset, _FREE, *fields, len(path), len(index_path))
         start = offset + _SLOT.size
         self._map[start : start + len(path) + len(index_path)] = path + index_path
-        self._map[offset : offset + 8] = _VALID.to_bytes(8, "little")
+        self._set_state(slot, _VALID)
+
+    def withdrawn(self) -> set[int]:
+        """Slots of layers that only serve what depends on them already."""
+        return {slot for slot in range(LAYERS) if self._state(slot) == _WITHDRAWN}
+
+    def withdraw_layer(self, slot: int) -> None:
+        """From now on, and for every pager to come, nothing new may be matched with the layer.
+
+        :raise ValueError: there is none in the slot.
+        """
+        if self._state(slot) == _FREE:
+            raise ValueError(f"layer slot {slot} is free")
+        self._set_state(slot, _WITHDRAWN)
+
+    def free_layer(self, slot: int) -> None:
+        """Give the slot to another layer. It must be withdrawn, and counted since: what an entry that still names it
+        stands for would change under that page.
+
+        :raise ValueError: it is not withdrawn, or an entry names it.
+        """
+        if self._state(slot) != _WITHDRAWN or len(self.dependants({slot})):
+            raise ValueError(f"layer slot {slot} is in use")
+        self._set_state(slot, _FREE)
+
+    def dependants(self, slots: Collection[int] | None = None) -> NDArray[np.int64]:
+        """Pages whose entry names one of the layer slots, or any entry at all (None); ascending, shape ``(n,)``."""
+        if slots is None:
+            return np.flatnonzero(self.entries)
+        names = self.entries >> np.uint64(_LAYER_SHIFT)
+        found = np.zeros(self.pages, dtype=np.bool_)
+        for slot in slots:
+            found |= names == np.uint64(Residence.LAYER << (_KIND_SHIFT - _LAYER_SHIFT) | slot)
+        return np.flatnonzero(found)
+
+    def _state(self, slot: int) -> int:
+        return int(_SLOT.unpack_from(self._map, (1 + slot) * PAGE_SIZE)[0])
+
+    def _set_state(self, slot: int, state: int) -> None:
+        # One aligned store: whoever dies, the slot is in the one state or in the other.
+        offset = (1 + slot) * PAGE_SIZE
+        memoryview(self._map)[offset : offset + 8].cast("Q")[0] = state
 
 
 def holder(fd: int) -> int:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hva_host.memory.layers import open_layer
+from hva_host.memory.layers import Layer, open_layer
 from hva_host.memory.ledger import VERSION, Counter
 from hva_host.pager import refusals
-from hva_host.pager.epoch import Epoch, Phase
+from hva_host.pager.beside import Beside
+from hva_host.pager.epoch import Epoch, Phase, Step
 from hva_host.pager.fetch import Fetcher
 from hva_host.pager.messages import RESIDENCE_PAGES_MAX, Message
 from hva_host.pager.preserve import Preserver
@@ -27,12 +28,15 @@ from hva_host.pager.server import Client, Server
 from hva_host.pager.sources import Sources
 from hva_host.pager.work import Work
 from hvaqemu.errors import HvaError, PeerLost, RefusedError
+from hvaqemu.faultpoints import reach
 from hvaqemu.pages import Residence
 from hvaqemu.protocol import pack_map
 
 _HELD_SHOWN = 64
 #: How long an answer to ``resume`` waits for the disk.
 _RESUME_SECONDS = 5.0
+#: Waits of :data:`Step.DISK` for bytes on their way: some ten seconds.
+_FETCH_PATIENCE = 2000
 
 
 class Commands:
@@ -48,6 +52,7 @@ class Commands:
         refaults: Refaults,
         preserver: Preserver,
         fetcher: Fetcher,
+        beside: Beside,
         work: Work,
         server: Server,
         sources: Sources,
@@ -57,6 +62,7 @@ class Commands:
         self._refaults = refaults
         self._preserver = preserver
         self._fetcher = fetcher
+        self._beside = beside
         self._work = work
         self._server = server
         self._sources = sources
@@ -65,9 +71,16 @@ class Commands:
         self._driver: Client | None = None
         #: Answers to ``resume`` that wait for the disk: to whom, to which message, and until when.
         self._resuming: list[tuple[Client, Message, float]] = []
+        #: Answered at their end.
+        self._lasting: dict[str, Callable[[Client, Message], None]] = {
+            "add-layer": self._add_layer,
+            "restore": self._begin_restore,
+            "withdraw-layer": self._withdraw_layer,
+            "drop-layer": self._drop_layer,
+        }
         self._commands: dict[str, Callable[[Message, bytes], dict[str, Any]]] = {
             "hello": self._hello,
-            "add-layer": self._add_layer,
+            "layers": self._layers,
             "begin-epoch": self._begin_epoch,
             "drained": self._drained,
             "confirm": self._confirm,
@@ -85,8 +98,8 @@ class Commands:
         command = message.get("execute")
         arguments = message.get("arguments") or {}
         try:
-            if command == "restore":
-                self._begin_restore(client, message)
+            if command in self._lasting:
+                self._lasting[command](client, message)
                 return
             if command == "resume":
                 self._begin_resume(client, message)
@@ -133,11 +146,82 @@ class Commands:
     def _hello(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
         return {"pages": self._ram.pages, "pid": os.getpid(), "version": VERSION}
 
-    def _add_layer(self, arguments: Message, _payload: bytes) -> dict[str, Any]:
-        path, index = Path(arguments["path"]), Path(arguments["index"])
-        slot = self._ram.add_layer(open_layer(path, index))
-        self._sources.trust(path, index)
-        return {"slot": slot}
+    def _add_layer(self, client: Client, message: Message) -> None:
+        """Its index is loaded beside: for a large one, faults would wait."""
+        path, index = Path(message["arguments"]["path"]), Path(message["arguments"]["index"])
+
+        def done(layer: Layer | Exception) -> None:
+            answer: Message = {"id": message.get("id")}
+            try:
+                if isinstance(layer, Exception):
+                    raise layer
+                answer["return"] = {"slot": self._ram.add_layer(layer)}
+                self._sources.trust(path, index)
+            except Exception as error:
+                answer["error"] = str(error)
+            self._server.reply(client, answer)
+
+        self._beside.begin(lambda: open_layer(path, index), done)
+
+    def _layers(self, _arguments: Message, _payload: bytes) -> dict[str, Any]:
+        withdrawn = self._ram.withdrawn
+        return {
+            "layers": [
+                {
+                    "slot": slot,
+                    "path": record.path,
+                    "withdrawn": slot in withdrawn,
+                    "pages": len(self._ram.ledger.dependants({slot})),
+                }
+                for slot, record in self._ram.ledger.layers().items()
+            ]
+        }
+
+    def _slots(self, message: Message) -> set[int]:
+        """The slots of the layers at a path; there are several where a file was indexed again."""
+        path = message["arguments"]["path"]
+        return {slot for slot, record in self._ram.ledger.layers().items() if record.path == path}
+
+    def _withdraw_layer(self, client: Client, message: Message) -> None:
+        """Withdrawn first, at once and for good; then its dependants are moved, if that is wanted."""
+        self._work.refuse_when_busy()
+        slots = self._slots(message)
+        before = len(self._ram.ledger.dependants(slots))
+        for slot in slots:
+            self._ram.withdraw_layer(slot)
+        reach("pager.layer.withdrawn")
+
+        def done() -> None:
+            left = len(self._ram.ledger.dependants(slots))
+            answer = {"pages": before - left, "left": left, "why": self._why_not_served()}
+            self._server.reply(client, {"id": message.get("id"), "return": answer})
+
+        if message["arguments"].get("move"):
+            self._work.begin(restore(self._ram, self._refaults, self._fetcher, slots), done)
+        else:
+            done()
+
+    def _drop_layer(self, client: Client, message: Message) -> None:
+        """Forget withdrawn layers that nothing depends on, once no bytes are on their way for any of them."""
+        self._work.refuse_when_busy()
+        slots = self._slots(message)
+
+        def steps() -> Iterator[Step]:
+            for _ in range(_FETCH_PATIENCE):
+                if not self._fetcher.under_way:
+                    break
+                yield Step.DISK
+
+        def done() -> None:
+            if not self._fetcher.under_way:
+                for slot in slots & self._ram.withdrawn:
+                    if not len(self._ram.ledger.dependants({slot})):
+                        self._ram.drop_layer(slot)
+            left = len(self._ram.ledger.dependants(slots))
+            dropped = not slots & self._ram.ledger.layers().keys()
+            self._server.reply(client, {"id": message.get("id"), "return": {"dropped": dropped, "left": left}})
+
+        self._work.begin(steps(), done)
 
     def _begin_epoch(self, arguments: Message, payload: bytes) -> dict[str, Any]:
         self._work.refuse_when_busy()
@@ -192,11 +276,14 @@ class Commands:
 
         def done() -> None:
             left = sum(self._ram.ledger.totals().values())
-            why = {held.reason for held in (*self._refaults.held.values(), *self._refaults.unserved.values())}
-            answer = {"pages": before - left, "left": left, "why": "; ".join(sorted(why)[:3])}
+            answer = {"pages": before - left, "left": left, "why": self._why_not_served()}
             self._server.reply(client, {"id": message.get("id"), "return": answer})
 
         self._work.begin(restore(self._ram, self._refaults, self._fetcher), done)
+
+    def _why_not_served(self) -> str:
+        why = {held.reason for held in (*self._refaults.held.values(), *self._refaults.unserved.values())}
+        return "; ".join(sorted(why)[:3])
 
     def wanted_at(self) -> float | None:
         """When :meth:`announce` is to be called next (monotonic seconds), None while there is nothing to do."""

@@ -46,7 +46,7 @@ _DISCARD_PAGES = 2048
 _NOT_CACHED_PASSES = 3
 _COUNTS = (
     *("candidates", "proven", "touched", "unmatched", "unconfirmed", "unpreserved"),
-    *("discarded_zero", "discarded_layer", "discarded_store", "freed", "later", "resting"),
+    *("discarded_zero", "discarded_layer", "discarded_store", "discarded_swap_cache", "freed", "later", "resting"),
 )
 
 
@@ -66,6 +66,10 @@ class Member(enum.IntEnum):
     COPY_OR_STABLE = 5
     #: A STABLE page that is no copy. An epoch's own finding: nobody asks for it.
     NO_COPY = 6
+
+
+#: Added to a :class:`Member`: the guest says that it is a page of its swap cache. Counted, and nothing else.
+SWAP_CACHE = 0x80
 
 
 class Phase(enum.StrEnum):
@@ -95,8 +99,8 @@ class Step(enum.Enum):
 class Epoch:
     """An epoch over a part of a VM's pages.
 
-    :param wanted: uint8 :class:`Member` values of pfns from ``first`` on, shape ``(n,)``; pages that are not RESIDENT
-        are ignored.
+    :param wanted: uint8 :class:`Member` values, perhaps with :data:`SWAP_CACHE`, of pfns from ``first`` on, shape
+        ``(n,)``; pages that are not RESIDENT are ignored.
     :param seconds: how long pages may stay protected.
     :param preserver: pages out what is STABLE; None: such pages are only compared.
     :param drain: wait for :meth:`drained` before anything is compared.
@@ -137,6 +141,8 @@ class Epoch:
         self._stop = first + len(wanted)
         self._freed = Freed(ram, wanted == Member.UNUSED, first)
         #: By pfn - first.
+        self._swap_cache = (wanted & SWAP_CACHE) != 0
+        wanted = wanted & np.uint8(~SWAP_CACHE & 0xFF)
         self._members = np.where(ram.ledger.entries[first : self._stop] == 0, wanted, np.uint8(Member.OUT))
         self._protected: list[Run] = []
         self._confirmed: dict[int, NDArray[np.bool_]] = {}
@@ -418,6 +424,7 @@ class Epoch:
         self.counts["discarded_zero"] += zero
         self.counts["discarded_store"] += store
         self.counts["discarded_layer"] += len(pfns) - zero - store
+        self.counts["discarded_swap_cache"] += int(np.count_nonzero(self._swap_cache[pfns - self._first]))
 
     def _give_up(self, member: Member, count: str) -> None:
         self._give_up_pages(self._with(member), count)

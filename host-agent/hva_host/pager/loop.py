@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hva_host.pager.attach import attach
+from hva_host.pager.beside import Beside
 from hva_host.pager.commands import Commands
 from hva_host.pager.fetch import Fetcher
 from hva_host.pager.preserve import Preserver
@@ -44,11 +45,12 @@ class Pager:
         self._refaults = Refaults(self._ram, self._work.leave, self._fetcher, preserver.coldness.came_back)
         self._reading_ahead = False
         self._poller = select.epoll()
-        for fd in (self._ram.uffd.fd, self._pidfd, self._fetcher.fd):
+        self._beside = Beside()
+        for fd in (self._ram.uffd.fd, self._pidfd, self._fetcher.fd, self._beside.fd):
             self._poller.register(fd, select.EPOLLIN)
         self._server = Server(listener, self._poller, lambda client: self._commands.gone(client))
         self._commands = Commands(
-            pid, self._ram, self._refaults, preserver, self._fetcher, self._work, self._server, sources
+            pid, self._ram, self._refaults, preserver, self._fetcher, self._beside, self._work, self._server, sources
         )
 
     def run(self) -> None:
@@ -98,6 +100,8 @@ class Pager:
         if fd == self._fetcher.fd:
             for result in self._fetcher.results():
                 self._refaults.fetched(result)
+        elif fd == self._beside.fd:
+            self._beside.finish()
         elif self._server.owns(fd):
             for client, message, payload in self._server.handle(fd, event):
                 self._commands.execute(client, message, payload)

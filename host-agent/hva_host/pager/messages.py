@@ -9,9 +9,12 @@ bounds what the other sends.
 | ``hello`` | | | pages, pid, version |
 | ``add-layer`` | path, index | | slot |
 | ``begin-epoch`` | seconds, first: pfn, store: its limit in bytes, round: the same for all parts of an epoch,
-drain: wait for ``drained`` | a byte a page (:class:`hva_host.pager.epoch.Member`) | number |
+drain: wait for ``drained`` | a byte a page (``Member`` and ``SWAP_CACHE`` of :mod:`hva_host.pager.epoch`) | number |
 | ``confirm`` | epoch (hex), round | a bit a page of the epoch, first page in the highest bit | accepted |
 | ``drained`` | epoch (hex) | | accepted |
+| ``layers`` | | | layers: slot, path, withdrawn, pages that depend on each |
+| ``withdraw-layer`` | path, move | | nothing new is matched with it; ``move``: its pages become resident: pages, left |
+| ``drop-layer`` | path | | its slot is free again if it was withdrawn and no page depends on it: dropped, left |
 | ``abandon`` | | | |
 | ``restore`` | | | once every page with an entry is resident: pages |
 | ``resume`` | | | held: pages; answered once the disk has brought what it takes to try, or after some seconds |

@@ -39,7 +39,7 @@ class Prover:
             disk, which this asked it to; shapes ``(n,)``.
         :raise OSError: guest RAM could not be read.
         """
-        tables = [layer.table(layer_entry(slot, 0)) for slot, layer in self._ram.layers.items()]
+        tables = [layer.table(layer_entry(slot, 0)) for slot, layer in self._ram.matched.items()]
         entries, postponed = prove_copies(self._ram.backing.fd, pfns, tables, ZERO_ENTRY, self._scratch.address)
         if postponed.any():
             self._read_ahead(pfns[postponed])
@@ -49,7 +49,7 @@ class Prover:
         """Have the host read what pages may be copies of, without waiting for it."""
         for start in range(0, len(pfns), SCRATCH_PAGES):
             count = self._ram.backing.read(runs_of_pfns(pfns[start : start + SCRATCH_PAGES]), self._scratch.view)
-            for layer in self._ram.layers.values():
+            for layer in self._ram.matched.values():
                 blocks = lookup(layer.table(0), fingerprints(self._scratch.view, count, layer.index.seed))
                 for run in runs_of_pfns(np.unique(blocks[blocks >= 0])):
                     offset, length = run.start << PAGE_SHIFT, run.pages << PAGE_SHIFT

@@ -26,6 +26,7 @@ class Ram:
 
     :ivar base: where QEMU has the RAM mapped (a byte address in QEMU).
     :ivar layers: open layers by ledger slot; a recorded layer that can not be opened is in ``broken`` with the reason.
+    :ivar withdrawn: slots of layers that serve what depends on them, and that nothing new is matched with.
     """
 
     def __init__(self, uffd: Userfaultfd, base: int, backing: Backing, ledger: Ledger, store: Store) -> None:
@@ -39,6 +40,12 @@ class Ram:
         self.pages = backing.pages
         self.layers: dict[int, Layer] = {}
         self.broken: dict[int, str] = {}
+        self.withdrawn = ledger.withdrawn()
+
+    @property
+    def matched(self) -> dict[int, Layer]:
+        """Layers that pages may be made to depend on, by slot."""
+        return {slot: layer for slot, layer in self.layers.items() if slot not in self.withdrawn}
 
     def address(self, pfn: int) -> int:
         """Where QEMU has page ``pfn``."""
@@ -116,7 +123,7 @@ class Ram:
             self.erase(run.start, run.pages)
 
     def add_layer(self, layer: Layer) -> int:
-        """Record a layer and let pages be matched against it; a layer recorded before keeps its slot.
+        """Record a layer and let pages be matched against it; one recorded before keeps its slot, and stays withdrawn.
 
         :raise RefusedError: all slots are taken, or its path is too long.
         """
@@ -136,6 +143,27 @@ class Ram:
         self.ledger.record_layer(slot, record)
         self.layers[slot] = layer
         return slot
+
+    def withdraw_layer(self, slot: int) -> None:
+        """Match nothing new with a layer; what depends on it is served from it as before.
+
+        :raise ValueError: there is none in the slot.
+        """
+        self.ledger.withdraw_layer(slot)
+        self.withdrawn.add(slot)
+
+    def drop_layer(self, slot: int) -> None:
+        """Forget a withdrawn layer that no page depends on. Nothing may be being fetched: what comes then would be
+        taken for the slot's next layer.
+
+        :raise ValueError: a page depends on it.
+        """
+        self.ledger.free_layer(slot)
+        reach("pager.layer.freed")
+        self.withdrawn.discard(slot)
+        self.broken.pop(slot, None)
+        # Not closed but let go: a helper thread may be inside a read of what nobody waits for any more.
+        self.layers.pop(slot, None)
 
 
 class PageBuffer:

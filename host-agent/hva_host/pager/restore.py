@@ -1,8 +1,8 @@
-"""Making every discarded page resident, beside the faults that go on."""
+"""Making discarded pages resident, all of them or a layer's, beside the faults that go on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -20,15 +20,16 @@ _FETCHES = 2
 _PATIENCE = 12_000
 
 
-def restore(ram: Ram, refaults: Refaults, fetcher: Fetcher) -> Iterator[Step]:
+def restore(ram: Ram, refaults: Refaults, fetcher: Fetcher, slots: Collection[int] | None = None) -> Iterator[Step]:
     """Fill every page that has a ledger entry; iterate until it ends. What can not be served stays as it is.
 
+    :param slots: only pages that depend on these layers.
     :raise PeerLost: QEMU is gone.
     """
     refaults.unserved.clear()
-    patience, left = _PATIENCE, sum(ram.ledger.totals().values())
+    pfns = ram.ledger.dependants(slots)
+    patience, left = _PATIENCE, len(pfns)
     while patience and left and len(refaults.unserved) < UNSERVED_MAX:
-        pfns = np.flatnonzero(ram.ledger.entries)
         pfns = pfns[~np.isin(pfns, [*refaults.held, *refaults.unserved])]
         if not len(pfns):
             return
@@ -45,6 +46,7 @@ def restore(ram: Ram, refaults: Refaults, fetcher: Fetcher) -> Iterator[Step]:
                 reach("pager.restore.filled")
             if runs % _SLICE_RUNS == 0:
                 yield Step.WORK
-        before, left = left, sum(ram.ledger.totals().values())
+        pfns = ram.ledger.dependants(slots)
+        before, left = left, len(pfns)
         patience = _PATIENCE if left < before else patience - 1
         yield Step.DISK

@@ -1,6 +1,6 @@
 """Anonymous memory that does not fit, verified. Run in a guest that swaps.
 
-``swapper.py hold MIB READY GO`` fills memory, reads all of it twice, makes the file READY, waits for the file GO, and
+``swapper.py hold MIB READY GO`` fills memory, reads all of it, makes the file READY, waits for the file GO, and
 reads it again. ``swapper.py storm MIB SECONDS`` has several processes write and verify pages in random order, some of
 which give parts of their memory back and take it again. Exit status 1 and a line that begins with "mismatch:" if any
 byte is wrong.
@@ -57,7 +57,6 @@ class Memory:
 
 def hold(mib, ready, go):
     memory = Memory(1, mib * 256)
-    memory.verify_all()
     memory.verify_all()
     open(ready, "w").close()
     while not os.path.exists(go):

@@ -17,12 +17,12 @@ from tests.vm.harness import BOTH, GUEST_PROGRAMS, VOLATILE, Guest, running_gues
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
-_MEMORY = 160 * MiB
+_MEMORY = 128 * MiB
 _SWAP = 512 * MiB
 #: More than the guest has; less than makes it kill anybody.
-_HELD_MIB = 140
-_STORM_MIB = 160
-_SECONDS = 10
+_HELD_MIB = 90
+_STORM_MIB = 100
+_SECONDS = 8
 _SWAPPER = GUEST_PROGRAMS / "swapper.py"
 _READY, _GO = "/run/swapper.ready", "/run/swapper.go"
 

@@ -67,8 +67,8 @@ def hold(mib, ready, go):
 
 def storm(owner, pages, seconds):
     random.seed(owner)
-    end = time.monotonic() + seconds
     memory, done = Memory(owner, pages), 0
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         first = random.randrange(pages - 64)
         if random.random() < 0.1:

@@ -20,8 +20,9 @@ from hva_host.agent.vm import Vm
 from hvaqemu.config import ExtraDisk, VmConfig
 from hvaqemu.scenario_config import DEFAULT_STATES
 from hvaqemu.units import MiB
-from tests.vm.board import Board, GapLog, bundle, start_command
+from tests.vm.board import SERIAL, Board, GapLog
 from tests.vm.harness import until
+from tests.vm.programs import bundle, start_command
 
 KILLS = 20
 #: Touches before a kill, so that the program is at it.
@@ -45,7 +46,7 @@ async def _main() -> None:
             disk = ExtraDisk(path=board.disk)
             config = VmConfig(name="bench", memory=512 * MiB, cpus=2, allow_exec=True, extra_disks=(disk,))
             vm = await fleet.up(config, lambda _line: None)
-            assert (await vm.execute(start_command("probe"), timeout=_WAIT_SECONDS, stdin=bundle())).ok
+            assert (await vm.execute(start_command("probe", SERIAL), timeout=_WAIT_SECONDS, stdin=bundle())).ok
             # Only then it has read what it will touch.
             await _touched(board, 0)
             pauses = [await _pause(vm, board) for _ in range(KILLS)]
@@ -68,8 +69,7 @@ async def _main() -> None:
 
 async def _pause(vm: Vm, board: Board) -> float:
     """Seconds from the death of the pager to the next access that the guest could make to what was discarded."""
-    number = board.order("rest")
-    await board.carried_out(number, _WAIT_SECONDS)
+    await board.do("rest")
     await vm.reclaim(DEFAULT_STATES)
     touches = board.touches
     board.order("go")
@@ -78,6 +78,7 @@ async def _pause(vm: Vm, board: Board) -> float:
     for _ in range(3):
         # Their clocks are set against each other before the death, which keeps the guest from telling the time.
         gaps.look(board.answer())
+        # Nothing on the host tells that QEMU has written to the disk.
         await asyncio.sleep(_LOOK_SECONDS)
     restarts, killed = vm.record.pager_restarts, time.monotonic()
     os.kill(vm.pager.pid, signal.SIGKILL)

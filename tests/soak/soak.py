@@ -18,9 +18,10 @@ from tests.soak.deeds import Target, deeds
 from tests.soak.killer import Killer
 from tests.soak.outcome import Outcome, by_deed, by_length, worst
 from tests.soak.user import User
-from tests.vm.board import Board, GapLog, bundle, start_command
+from tests.vm.board import SERIAL, Board, GapLog
 from tests.vm.harness import COMPLAINTS, TREE
 from tests.vm.host import Host, own_host
+from tests.vm.programs import bundle, start_command
 
 NAME = "soak"
 _SETUP_SECONDS = 300.0
@@ -92,7 +93,7 @@ class Soak:
         await self.host.command("up", file)
         tree = await self._in_guest(["sh", "-c", TREE])
         self.say("starting the guest's work")
-        await self._in_guest(start_command("soak", self.options.seed), bundle())
+        await self._in_guest(start_command("soak", SERIAL, self.options.seed), bundle())
         await _until(lambda: self.board.beat > 1, _SETUP_SECONDS, "the guest's work begins")
         return tree
 

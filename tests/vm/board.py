@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 import time
-import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hvaqemu.units import MiB
-from tests.vm.harness import GUEST_PROGRAMS, STEP_SECONDS, until
+from tests.vm.harness import STEP_SECONDS, until
 
 #: The serial number of the first of a VM's extra disks.
 SERIAL = "extra0"
 _PAGE = 4096
 _HEAD = struct.Struct(">II")
-_RUN = 'cat >/run/guest.zip && PYTHONPATH=/run/guest.zip exec python3 -B -m "$@" </dev/null'
 
 
 class Board:
@@ -29,7 +26,7 @@ class Board:
     def __init__(self, disk: Path) -> None:
         """:param disk: made anew; for the VM's first extra disk."""
         self.disk = disk
-        self._orders: list[tuple[int, str, int]] = []
+        self._orders: list[tuple[int, str, int | str]] = []
         self._number = 0
         disk.write_bytes(bytes(MiB))
 
@@ -38,8 +35,11 @@ class Board:
         self._orders.clear()
         self._write(0, bytes(2 * _PAGE))
 
-    def order(self, what: str, argument: int = 0) -> int:
-        """Order something; the order's number."""
+    def order(self, what: str, argument: int | str = 0) -> int:
+        """Order something; the order's number.
+
+        Every program knows ``signal``: send the guest agent a signal.
+        """
         done = self.answer().get("done", 0)
         self._number += 1
         self._orders = [each for each in self._orders if each[0] > done] + [(self._number, what, argument)]
@@ -79,6 +79,10 @@ class Board:
     async def carried_out(self, number: int, seconds: float = STEP_SECONDS) -> None:
         """Wait until the program has done what was ordered."""
         await until(lambda: self.answer().get("done", 0) >= number, seconds, f"order {number} in the guest")
+
+    async def do(self, what: str, argument: int | str = 0) -> None:
+        """Order something and wait until it is done."""
+        await self.carried_out(self.order(what, argument))
 
     def _write(self, offset: int, data: bytes) -> None:
         with self.disk.open("r+b") as file:
@@ -121,17 +125,3 @@ class GapLog:
     def gaps(self) -> list[Gap]:
         """All gaps so far, oldest first."""
         return [Gap(began + self._offset, seconds) for began, seconds in self._found]
-
-
-def bundle() -> bytes:
-    """The programs for guests, as a zip file that Python can import from."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in sorted(GUEST_PROGRAMS.glob("*.py")):
-            file.write(path, path.name)
-    return content.getvalue()
-
-
-def start_command(module: str, *arguments: object) -> list[str]:
-    """The command that starts a program for guests; its standard input must be :func:`bundle`."""
-    return ["sh", "-c", _RUN, "sh", module, SERIAL, *map(str, arguments)]

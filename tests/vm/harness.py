@@ -20,16 +20,15 @@ from hva_host.agent.model import EpochStats, ExecResult
 from hva_host.agent.vm import Vm
 from hva_host.memory.backing import Backing
 from hvaqemu.config import ExtraDisk, VmConfig
+from hvaqemu.errors import HvaError
 from hvaqemu.paths import runtime_dir, state_dir
 from hvaqemu.scenario_config import ReclaimState
 from hvaqemu.units import MiB
+from tests.vm.programs import bundle, start_command
 
 #: Far beyond what an idle machine needs; these tests also run beside builds.
 BOOT_SECONDS = 240.0
 STEP_SECONDS = 120.0
-
-#: Sent to guests and run there, with nothing but the guest's standard library.
-GUEST_PROGRAMS = Path(__file__).parent / "guest"
 
 UNUSED, VOLATILE = ReclaimState.UNUSED, ReclaimState.VOLATILE
 BOTH = (UNUSED, VOLATILE)
@@ -61,13 +60,18 @@ class Guest:
         assert done.ok, f"{script}: {done}"
         return done.stdout.decode()
 
-    async def python(
-        self, source: str | Path, *arguments: object, timeout: float = STEP_SECONDS, check: bool = True
+    async def python(self, source: str, *arguments: object) -> ExecResult:
+        """Run a few lines of Python in the guest, which must succeed."""
+        return await self._run_python(["python3", "-B", "-", *map(str, arguments)], source.encode(), STEP_SECONDS)
+
+    async def program(
+        self, name: str, *arguments: object, timeout: float = STEP_SECONDS, check: bool = True
     ) -> ExecResult:
-        """Run a Python program, or a file that holds one, in the guest."""
-        program = source.read_bytes() if isinstance(source, Path) else source.encode()
-        argv = ["python3", "-B", "-", *map(str, arguments)]
-        done = await self.vm.execute(argv, timeout=timeout, stdin=program)
+        """Run one of the programs for guests."""
+        return await self._run_python(start_command(name, *arguments), bundle(), timeout, check)
+
+    async def _run_python(self, argv: list[str], stdin: bytes, timeout: float, check: bool = True) -> ExecResult:
+        done = await self.vm.execute(argv, timeout=timeout, stdin=stdin)
         assert done.ok or not check, f"{done.exit_status} {done.stderr.decode(errors='replace')}"
         return done
 
@@ -78,6 +82,22 @@ class Guest:
     async def complaints(self) -> list[str]:
         """Lines of the guest kernel's log that no healthy guest has."""
         return [line for line in (await self.run("dmesg")).splitlines() if COMPLAINTS.search(line)]
+
+    async def boot_id(self) -> str:
+        """Another one after each boot."""
+        return await self.run("cat /proc/sys/kernel/random/boot_id")
+
+    async def rebooted(self, boot: str) -> None:
+        """Wait until the guest serves after another boot than ``boot``."""
+        async with asyncio.timeout(BOOT_SECONDS):
+            while True:
+                try:
+                    await self.vm.guest.wait_connected(BOOT_SECONDS)
+                    if await self.boot_id() != boot:
+                        return
+                except HvaError:
+                    # Its agent went down with it.
+                    await asyncio.sleep(0.1)
 
     # From outside
 
@@ -131,7 +151,7 @@ async def running_guest(
 
 async def nothing_left(name: str) -> None:
     """See that a VM is gone: its processes, its runtime directory, its disks."""
-    await until(lambda: not processes_of(name), 20, f"processes of VM {name}: {processes_of(name)}")
+    await until(lambda: not processes_of(name), STEP_SECONDS, f"processes of VM {name}: {processes_of(name)}")
     assert not os.path.lexists(runtime_dir() / "vms" / name)
     assert not os.path.lexists(state_dir() / "vms" / name)
 

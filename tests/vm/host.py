@@ -23,7 +23,7 @@ from hva_host.agent.pager_link import PagerLink
 from hva_host.agent.pager_process import PAGER_SOCKET
 from hva_host.memory.ledger import LEDGER_NAME
 from tests.unit.control_stand_ins import short_folder
-from tests.vm.harness import until
+from tests.vm.harness import STEP_SECONDS, until
 
 _LEDGER = f"/memfd:{LEDGER_NAME} (deleted)"
 #: Pagers have its command line; each names itself.
@@ -144,12 +144,12 @@ class Host:
         return True
 
     async def all_gone(self) -> None:
-        """End the host agent; then nothing may be left, within seconds.
+        """End the host agent; then nothing may be left.
 
         Fails the test if something is.
         """
         await self.command("agent", "--stop")
-        await until(lambda: not self.processes(), 20, f"the end of {self.processes()}")
+        await until(lambda: not self.processes(), STEP_SECONDS, f"the end of {self.processes()}")
         for place in (self.runtime / "vms", self.state / "vms"):
             assert not place.exists() or not list(place.iterdir()), f"{place} is not empty"
 

@@ -22,9 +22,10 @@ from hva_host.agent.client import ControlClient
 from hva_host.agent.model import ReclaimResult, VmState, VmStatus
 from hva_host.agent.records import VmRecord
 from hvaqemu.errors import HvaError, PeerLost
-from tests.vm.board import Board, GapLog, bundle, start_command
+from tests.vm.board import SERIAL, Board, GapLog
 from tests.vm.harness import COMPLAINTS, STEP_SECONDS, TREE, until
 from tests.vm.host import Host, own_host
+from tests.vm.programs import bundle, start_command
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
@@ -73,7 +74,7 @@ class Orphan:
         await until(lambda: not {*pids, *self.host.agents()}.intersection(self.host.processes()), _SOON, "deaths")
 
     async def order(self, what: str) -> None:
-        await self.board.carried_out(self.board.order(what))
+        await self.board.do(what)
 
     async def discard(self) -> None:
         """Discard what the program reads; it rests until told to go on."""
@@ -119,7 +120,7 @@ async def orphan() -> AsyncIterator[Orphan]:
         )
         await host.command("up", file)
         made = Orphan(host, board)
-        await made.run(*start_command("probe"), stdin=bundle())
+        await made.run(*start_command("probe", SERIAL), stdin=bundle())
         await until(lambda: board.touches, STEP_SECONDS, "the program in the guest")
         yield made
         tree = await made.run("sh", "-c", TREE)

@@ -27,7 +27,7 @@ from hvaqemu.pages import PAGE_SIZE, STATE_MASK, PageState, Run
 from hvaqemu.scenario_config import ReclaimState
 from hvaqemu.units import MiB
 from tests.vm.betrayal import Dependants
-from tests.vm.harness import BOTH, GUEST_PROGRAMS, VOLATILE, Guest, running_guest
+from tests.vm.harness import BOTH, VOLATILE, Guest, running_guest
 
 #: The image may have to be built first.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
@@ -94,7 +94,7 @@ async def mapped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mapp
     file.write_bytes(content)
     image = ImageConfig(name="test-mapped", files={_FILE: file})
     async with running_guest("potential", memory=_MEMORY, image=image) as guest:
-        await guest.python(GUEST_PROGRAMS / "mapper.py", _FILE, _PAGES)
+        await guest.program("mapper", _FILE, _PAGES)
         yield Mapped(guest, content)
 
 

@@ -30,7 +30,6 @@ from tests.unit.control_stand_ins import short_folder
 from tests.vm.harness import (
     BOOT_SECONDS,
     BOTH,
-    GUEST_PROGRAMS,
     STEP_SECONDS,
     UNUSED,
     VOLATILE,
@@ -43,7 +42,6 @@ from tests.vm.harness import (
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
 _ROOT = Path(__file__).parents[2]
-_LIAR = GUEST_PROGRAMS / "liar.py"
 #: Of the root disk itself, through the guest's page cache: 64 MiB.
 _READ = "dd if=/dev/vda of=/dev/null bs=64k count=1024"
 _SECONDS = re.compile(r"copied, ([0-9.e-]+) s")
@@ -73,7 +71,7 @@ async def lie(guest: Guest, way: str) -> None:
     """Replace the agent by a liar; returns once that has attached."""
     with suppress(PeerLost):
         # The answer is lost where the liar kills the agent before it could say it.
-        await guest.python(_LIAR, way)
+        await guest.program("liar", way)
     async with asyncio.timeout(STEP_SECONDS):
         await _lying(guest)
 

@@ -16,11 +16,10 @@ from hva_host.pager.epoch import CONFIRM_ROUNDS
 from hvaqemu.errors import HvaError
 from hvaqemu.pages import Run
 from hvaqemu.units import MiB
-from tests.vm.harness import BOTH, GUEST_PROGRAMS, Guest, running_guest
+from tests.vm.harness import BOTH, Guest, running_guest
 
 pytestmark = pytest.mark.timeout(900)
 
-_CHURN = GUEST_PROGRAMS / "churn.py"
 _SECONDS = 32
 #: Small enough that what the workload frees is used again within moments.
 _MEMORY = 256 * MiB
@@ -28,7 +27,7 @@ _MEMORY = 256 * MiB
 
 async def churn(guest: Guest, seconds: float, patience: float) -> tuple[list[str], str]:
     """What went wrong in a guest that churned, and what it printed."""
-    work = asyncio.create_task(guest.python(_CHURN, seconds, timeout=patience, check=False))
+    work = asyncio.create_task(guest.program("churn", seconds, timeout=patience, check=False))
     waited: set[asyncio.Future[Any]] = {work, guest.vm.failure}
     await asyncio.wait(waited, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
     if guest.vm.failure.done():
@@ -55,7 +54,7 @@ async def reclaimed(guest: Guest) -> tuple[list[str], ReclaimResult | None]:
 
 async def test_churn_under_continuous_epochs() -> None:
     async with running_guest("churn", memory=_MEMORY) as guest:
-        await guest.python(_CHURN, "remember")
+        await guest.program("churn", "remember")
         tree = await guest.tree_digest()
         before = await guest.vm.measure()
         guest.vm.start_reclaiming(BOTH, 0.0)
@@ -89,7 +88,7 @@ async def test_churn_is_a_test_without_the_confirmation_it_fails(monkeypatch: py
             await pager.call("confirm", {"epoch": epoch.hex(), "round": number}, everything)
 
     async with running_guest("unsafe", memory=_MEMORY) as guest:
-        await guest.python(_CHURN, "remember")
+        await guest.program("churn", "remember")
         monkeypatch.setattr(EpochDriver, "_confirm", believe)
         guest.vm.start_reclaiming(BOTH, 0.0)
         problems, _ = await churn(guest, 40, 60)

@@ -6,9 +6,7 @@ import asyncio
 import os
 import re
 import signal
-import struct
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +16,10 @@ from hva_host.agent import epochs
 from hva_host.agent.model import VmState
 from hvaqemu.errors import ConfigError, DeadlineExceeded, HvaError, PeerLost
 from hvaqemu.pages import STATE_MASK, PageState
-from hvaqemu.units import MiB
+from tests.vm.board import SERIAL, Board
 from tests.vm.harness import (
     BOOT_SECONDS,
     BOTH,
-    GUEST_PROGRAMS,
     STEP_SECONDS,
     Guest,
     alive,
@@ -35,48 +32,16 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)
 
 #: Far more than anything here needs; what must be bounded is bounded well below the deadlines of what it interrupts.
 _SOON = 30.0
-_SMALL = 192 * MiB
-_ORDER = struct.Struct(">QQ")
 
 
-class Remote:
-    """Orders to a program in the guest, and its answers, on a disk: needs no guest agent."""
-
-    def __init__(self, disk: Path) -> None:
-        self.disk = disk
-        self._number = 0
-
-    async def order(self, number: signal.Signals) -> None:
-        """Have the guest agent sent a signal; returns once it was."""
-        self._number += 1
-        self._write(_ORDER.pack(self._number, number))
-        await until(lambda: self._answer()[0] == self._number, STEP_SECONDS, f"{number.name} in the guest")
-
-    def beats(self) -> int:
-        """How often the program has verified its memory and written over all of it."""
-        return self._answer()[1]
-
-    def _write(self, data: bytes) -> None:
-        with self.disk.open("r+b") as file:
-            file.write(data)
-
-    def _answer(self) -> tuple[int, int]:
-        with self.disk.open("rb") as file:
-            file.seek(4096)
-            number, beats = _ORDER.unpack(file.read(_ORDER.size))
-        return number, beats
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
+    return Board(tmp_path_factory.mktemp("disk") / "board.raw")
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("disk") / "orders.raw"
-    path.write_bytes(bytes(MiB))
-    return path
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def guest(disk: Path) -> AsyncIterator[Guest]:
-    async with running_guest("deaths", extra_disks=[disk]) as found:
+async def guest(board: Board) -> AsyncIterator[Guest]:
+    async with running_guest("deaths", extra_disks=[board.disk]) as found:
         yield found
 
 
@@ -115,20 +80,18 @@ async def test_guest_agent_killed(guest: Guest) -> None:
     await reclaim_is_sound(guest)
 
 
-async def test_guest_agent_silent(guest: Guest, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_guest_agent_silent(guest: Guest, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent that is stopped between its scan and the confirmation, and one that answers no scan either."""
     monkeypatch.setattr(epochs, "_EPOCH_SECONDS", 1.0)
-    remote = Remote(disk)
-    agent = (await guest.run("echo $PPID")).strip()
-    await guest.python(GUEST_PROGRAMS / "remote.py", "extra0", agent)
-    await until(remote.beats, STEP_SECONDS, "the program in the guest")
+    await guest.program("writer", SERIAL)
+    await board.beats()
     # Free pages that the host has, and copies to discard.
     await guest.tree_digest()
     await guest.run("dd if=/dev/zero of=/dev/shm/used bs=1M count=64 2>/dev/null; rm /dev/shm/used")
     confirm = guest.vm.guest.confirm
 
     async def never(epoch: bytes, number: int, timeout: float) -> Any:
-        await remote.order(signal.SIGSTOP)
+        await board.do("signal", signal.SIGSTOP)
         return await confirm(epoch, number, timeout)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -142,8 +105,7 @@ async def test_guest_agent_silent(guest: Guest, disk: Path, monkeypatch: pytest.
     assert not (before & unused & ~guest.presence()).any()
 
     # Nothing stays protected: the guest writes over all of its memory again and again.
-    beats = remote.beats()
-    await until(lambda: remote.beats() > beats + 3, STEP_SECONDS, "a guest that goes on")
+    await board.beats(4)
     assert (await guest.vm.status()).state is VmState.RUNNING
 
     # Now without even a new scan: the old report serves for copies.
@@ -160,14 +122,13 @@ async def test_guest_agent_silent(guest: Guest, disk: Path, monkeypatch: pytest.
     with pytest.raises(DeadlineExceeded):
         await guest.vm.guest.ping(0.2)
 
-    await remote.order(signal.SIGCONT)
+    await board.do("signal", signal.SIGCONT)
     await guest.vm.guest.ping(STEP_SECONDS)
     monkeypatch.undo()
     stats = await guest.epoch(*BOTH)
     assert not stats.note
     assert stats.discarded_zero > 5_000
-    beats = remote.beats()
-    await until(lambda: remote.beats() > beats + 3, STEP_SECONDS, "a guest whose memory is right")
+    await board.beats(4)
     await guest.run("pkill -9 -f [e]xtra0")
     await reclaim_is_sound(guest)
 
@@ -205,7 +166,7 @@ async def test_pager_killed_during_epochs(guest: Guest) -> None:
 
 @pytest.mark.parametrize("how", ["reboot -f", "system_reset"])
 async def test_reboot(guest: Guest, how: str) -> None:
-    boot = await guest.run("cat /proc/sys/kernel/random/boot_id")
+    boot = await guest.boot_id()
     await guest.vm.reclaim(BOTH)
     if how == "system_reset":
         await guest.vm.qmp.execute("system_reset")
@@ -215,37 +176,27 @@ async def test_reboot(guest: Guest, how: str) -> None:
     resets = [data for name, data in guest.events if name == "VM_RESET"]
     assert resets
 
-    async def rebooted() -> None:
-        while True:
-            try:
-                await guest.vm.guest.wait_connected(BOOT_SECONDS)
-                if await guest.run("cat /proc/sys/kernel/random/boot_id") != boot:
-                    return
-            except HvaError:
-                await asyncio.sleep(0.1)
-
-    async with asyncio.timeout(BOOT_SECONDS):
-        await rebooted()
+    await guest.rebooted(boot)
     status = await guest.vm.status()
     assert (status.state, status.guest_connected) == (VmState.RUNNING, True)
     assert not guest.vm.failure.done()
     await reclaim_is_sound(guest)
 
 
-async def test_panic() -> None:
-    async with running_guest("panics", memory=_SMALL) as guest:
-        asked = asyncio.create_task(guest.vm.execute(["sh", "-c", "echo c >/proc/sysrq-trigger"], timeout=300))
-        async with asyncio.timeout(_SOON):
-            reason = await guest.vm.failure
-        assert reason.isprintable()
-        assert re.fullmatch(
-            r"the guest's kernel panicked: \[.*\] Kernel panic - not syncing: sysrq triggered crash", reason
-        )
-        status = await guest.vm.status()
-        assert (status.state, status.reason) == (VmState.PANICKED, reason)
-        # Nobody answers any more, but who asked can stop waiting.
-        asked.cancel()
-        await asyncio.wait({asked}, timeout=_SOON)
-        assert asked.cancelled()
-        assert await guest.fleet.down("panics") == "QEMU quit on request"
-        await nothing_left("panics")
+async def test_panic(guest: Guest) -> None:
+    """The last one: nothing is left of the guest."""
+    asked = asyncio.create_task(guest.vm.execute(["sh", "-c", "echo c >/proc/sysrq-trigger"], timeout=300))
+    async with asyncio.timeout(_SOON):
+        reason = await guest.vm.failure
+    assert reason.isprintable()
+    assert re.fullmatch(
+        r"the guest's kernel panicked: \[.*\] Kernel panic - not syncing: sysrq triggered crash", reason
+    )
+    status = await guest.vm.status()
+    assert (status.state, status.reason) == (VmState.PANICKED, reason)
+    # Nobody answers any more, but who asked can stop waiting.
+    asked.cancel()
+    await asyncio.wait({asked}, timeout=_SOON)
+    assert asked.cancelled()
+    assert await guest.fleet.down(guest.vm.name) == "QEMU quit on request"
+    await nothing_left(guest.vm.name)

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from hva_host.agent import epochs
 from hvaqemu.pages import STATE_MASK, PageState
-from tests.vm.harness import BOTH, GUEST_PROGRAMS, UNUSED, VOLATILE, Guest, running_guest
+from tests.vm.harness import BOTH, UNUSED, VOLATILE, Guest, running_guest
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
-_HOLD = GUEST_PROGRAMS / "hold.py"
 _PAGES = 64
 #: Bits of /proc/kpageflags (include/uapi/linux/kernel-page-flags.h and include/linux/kernel-page-flags.h).
 _DIRTY, _ANON, _MLOCKED = 4, 12, 33
@@ -32,7 +31,7 @@ async def guest() -> AsyncIterator[Guest]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def held(guest: Guest) -> AsyncIterator[Guest]:
     """The guest with pages of each kind in it."""
-    await guest.python(_HOLD)
+    await guest.program("hold")
     yield guest
     await guest.run("touch /run/hold/end; while [ -e /run/hold ]; do sleep 0.05; done")
 

@@ -58,23 +58,40 @@ class Board:
         os.pwritev(self._disk, [self._block], PAGE)
 
 
-def signal_agent(number, serving=False):
-    """Send the guest agent a signal; whether there was one to send it to.
+def is_agent(pid):
+    try:
+        with open("/proc/%s/cmdline" % pid, "rb") as file:
+            return AGENT in file.read().split(b"\0")
+    except OSError:
+        return False
+
+
+def agent(serving=False):
+    """The guest agent's process; 0: there is none.
 
     :param serving: only if it has come as far as to open its port.
     """
     for name in filter(str.isdigit, os.listdir("/proc")):
+        if not is_agent(name):
+            continue
+        folder = "/proc/%s/fd/" % name
         try:
-            with open("/proc/%s/cmdline" % name, "rb") as file:
-                if AGENT not in file.read().split(b"\0"):
-                    continue
-            folder = "/proc/%s/fd/" % name
             if not serving or any(os.readlink(folder + each).startswith("/dev/vport") for each in os.listdir(folder)):
-                os.kill(int(name), number)
-                return True
+                return int(name)
         except OSError:
             continue
-    return False
+    return 0
+
+
+def signal_agent(number, serving=False):
+    """Send the guest agent a signal; whether there was one to send it to."""
+    pid = agent(serving)
+    try:
+        if pid:
+            os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return pid != 0
 
 
 def go_on_alone():

@@ -1,7 +1,8 @@
 """A workload that verifies itself. Sent to a guest and run there, with nothing but the standard library.
 
 ``churn.py remember`` takes the checksums of files of the image; ``churn.py SECONDS`` then uses memory, files and disk
-as hard as it can in several processes. Exit status 1 and a line that begins with "mismatch:" if any byte is wrong.
+as hard as it can in several processes, until the time is over or ``/run/churn.end`` is there. Exit status 1 and a line
+that begins with "mismatch:" if any byte is wrong.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import time
 
 PAGE = 4096
 REMEMBERED = "/run/churn.json"
+END = "/run/churn.end"
 FOLDER = "/var/tmp/churn"
 #: A tmpfs: its pages are anonymous memory with a name.
 MEMORY_FOLDER = "/dev/shm/churn"
@@ -184,7 +186,7 @@ def main(argument):
     for name, work in WORKS.items():
         pid = os.fork()
         if pid == 0:
-            child(work, name, lambda: time.monotonic() < end, 1, 2)
+            child(work, name, lambda: time.monotonic() < end and not os.path.exists(END), 1, 2)
         children[pid] = name
     bad = 0
     while children:

@@ -14,6 +14,8 @@ import sys
 
 sys.path.insert(0, "/usr/lib/hva/agent.pyz")
 
+from board import go_on_alone
+
 from hva_guest.memory import memory_ranges
 from hva_guest.port import find_port
 from hvaqemu import protocol
@@ -108,13 +110,9 @@ class Liar:
 
 def main(way):
     agent = os.getppid()
-    if os.fork():
-        return
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
+    go_on_alone()
     Liar(way, take_port(agent)).serve()
 
 
-main(sys.argv[1])
+if __name__ == "__main__":
+    main(sys.argv[1])

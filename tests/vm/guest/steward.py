@@ -1,68 +1,41 @@
-"""Signals the guest agent for the host, whoever that agent is by now, and says on a disk how it is.
+"""Signals the guest agent for the host, whoever that agent is by now, makes files, and says on a disk how it is.
 
-``steward.py SERIAL FOLDER`` goes on in the background. The disk's first block holds the number of the newest order and
-a signal; the second is where it answers: the newest order carried out, the guest agent's process (0: none), the letter
-of its state, and how many files are in FOLDER.
+``steward.py SERIAL FOLDER`` goes on alone in the background. Its answers (``board.py``) tell the guest agent's process
+(``agent``; 0: none), whether that stands still (``stopped``), and how many files are in FOLDER (``armed``).
 """
 
-import mmap
 import os
-import struct
 import sys
 import time
 
-PAGE = 4096
-ORDER = struct.Struct(">QQ")
-ANSWER = struct.Struct(">QQcB")
+from board import Board, agent, go_on_alone, is_agent, signal_agent
 
 
-def disk(serial):
-    for name in os.listdir("/sys/block"):
-        try:
-            with open("/sys/block/%s/serial" % name) as file:
-                if file.read().strip() == serial:
-                    return "/dev/" + name
-        except OSError:
-            continue
-    sys.exit("no disk %s" % serial)
+def stopped(pid):
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"T"
+    except OSError:
+        return False
 
 
-def agent():
-    """The agent's process and its state."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open("/proc/%s/cmdline" % name, "rb") as file:
-                    if b"/usr/lib/hva/agent.pyz" not in file.read().split(b"\0"):
-                        continue
-                with open("/proc/%s/stat" % name, "rb") as file:
-                    return int(name), file.read().rpartition(b")")[2].split()[0]
-            except OSError:
-                continue
-    return 0, b"-"
-
-
-def main(serial, path):
-    # Past the page cache, which would show the first order for ever.
-    descriptor = os.open(disk(serial), os.O_RDWR | os.O_DIRECT | os.O_SYNC)
-    if os.fork():
-        return
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
-    block = mmap.mmap(-1, PAGE)
-    done = 0
+def main(serial, folder):
+    board = Board(serial)
+    go_on_alone()
+    pid = 0
     while True:
-        os.preadv(descriptor, [block], 0)
-        number, order = ORDER.unpack_from(block)
-        pid, state = agent()
-        if number != done and pid:
-            os.kill(pid, order)
-            done = number
-        block[: ANSWER.size] = ANSWER.pack(done, pid, state, len(os.listdir(path)))
-        os.pwritev(descriptor, [block], PAGE)
+        for order, argument in board.orders():
+            if order == "make":
+                open(argument, "x").close()
+            # Between two agents the next one is meant.
+            while order == "signal" and not signal_agent(argument):
+                time.sleep(0.02)
+        # Looking at every process, so often, would be most of what this guest does.
+        if not is_agent(pid):
+            pid = agent()
+        board.tell({"agent": pid, "stopped": stopped(pid), "armed": len(os.listdir(folder))})
         time.sleep(0.02)
 
 
-main(sys.argv[1], sys.argv[2])
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -220,7 +220,7 @@ def test_console(cli: Cli, vm: Path) -> None:
     finally:
         followed.send_signal(signal.SIGTERM)
         followed.stdout.close()
-        followed.wait(20)
+        followed.wait(60)
 
 
 def test_a_name_is_used_once(cli: Cli, vm: Path) -> None:
@@ -271,7 +271,7 @@ def test_ctrl_c_leaves_nothing_behind(cli: Cli, vm: Path) -> None:
         _until_in_guest(cli, "test -d /proc/$(cat /tmp/pid || echo none)")
     finally:
         waiting.send_signal(signal.SIGINT)
-        assert waiting.wait(30) == 130
+        assert waiting.wait(60) == 130
     _until_in_guest(cli, "! test -d /proc/$(cat /tmp/pid)")
 
 
@@ -285,7 +285,7 @@ def _interrupted(cli: Cli, words: list[str], line: bytes) -> int:
             pass
         process.send_signal(signal.SIGINT)
         assert b"Traceback" not in process.stderr.read()
-        return process.wait(30)
+        return process.wait(60)
 
 
 def _until_in_guest(cli: Cli, condition: str) -> None:

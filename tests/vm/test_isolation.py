@@ -27,7 +27,7 @@ from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu.launch import AGENT_SOCKET, QMP_SOCKET
 from hvaqemu.units import MiB
 from tests.vm.betrayal import Golden
-from tests.vm.harness import BOOT_SECONDS, until
+from tests.vm.harness import BOOT_SECONDS, STEP_SECONDS, until
 from tests.vm.host import Host, own_host
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
@@ -281,7 +281,7 @@ async def test_exec_is_off_unless_the_vms_file_says_so(two: Two) -> None:
     assert done.stderr == ("hvaqemu: VM right: commands in the guest are off (set allow_exec: true in its file)\n")
     # The port serves one; the host agent lets go of it.
     await two.host.command("agent", "--stop")
-    await until(lambda: not two.host.agents(), 20, "the end of the host agent")
+    await until(lambda: not two.host.agents(), STEP_SECONDS, "the end of the host agent")
     async with GuestLink(two.folder("right") / AGENT_SOCKET, pages=_MEMORY >> PAGE_SHIFT) as link:
         await link.wait_connected(BOOT_SECONDS)
         with pytest.raises((GuestError, RefusedError)):

@@ -14,7 +14,7 @@ import pytest_asyncio
 from hvaqemu.errors import HvaError, LaunchError, PeerLost
 from hvaqemu.faultpoints import VARIABLE
 from hvaqemu.scenario_config import DEFAULT_STATES
-from tests.vm.harness import until
+from tests.vm.harness import STEP_SECONDS, until
 from tests.vm.host import Host, own_host
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
@@ -120,7 +120,7 @@ async def test_in_up(points: Points, point: str) -> None:
         await points.host.command("down", _NAME)
     else:
         assert vms == []
-    await until(lambda: points.host.qemu() is None and not points.host.pagers(), 20, "nothing to be left")
+    await until(lambda: points.host.qemu() is None and not points.host.pagers(), STEP_SECONDS, "nothing to be left")
     for folder in (points.host.runtime, points.host.state):
         assert not list((folder / "vms").glob("*")), f"{folder} is not empty"
 

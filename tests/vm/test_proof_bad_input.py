@@ -185,7 +185,7 @@ def test_runtime_directory_in_use(host: Host) -> None:
             line = host.fails("agent")
         finally:
             agent.terminate()
-            agent.wait(30)
+            agent.wait(60)
     assert re.search(rf"{host.folder}/r: a host agent runs already, process {agent.pid}", line)
 
 

@@ -30,10 +30,10 @@ from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG, QEMU_LOG, QMP_SOCKET,
 from hvaqemu.qemu.process import QemuLaunchError, QemuProcess, StopHow, StopTimeouts
 from hvaqemu.qemu.qmp import QmpError, QmpLink
 from hvaqemu.units import MiB, TiB
+from tests.vm.harness import BOOT_SECONDS, STEP_SECONDS
 
-pytestmark = pytest.mark.vm
+pytestmark = pytest.mark.timeout(600)
 
-BOOT_SECONDS = 90.0
 E = TypeVar("E", bound=QmpEvent)
 
 
@@ -111,7 +111,7 @@ async def started(
     finally:
         await qmp.close()
         process.send_signal(signal.SIGKILL)
-        await process.wait(20)
+        await process.wait(STEP_SECONDS)
         process.close()
 
 
@@ -136,7 +136,7 @@ async def test_launch_run_balloon_and_soft_stop(image: GuestImage, shim: Path, r
         assert (report.how, report.exit.status, report.complaints) == (StopHow.POWERDOWN, 0, ())
         kinds = [type(event) for event in vm.events.seen]
         assert {Resume, BalloonChange, Powerdown} <= set(kinds)
-        assert (await asyncio.wait_for(vm.events.until(Shutdown), 1)).guest
+        assert (await asyncio.wait_for(vm.events.until(Shutdown), STEP_SECONDS)).guest
         assert (runtime / CONSOLE_LOG).stat().st_size > 0
         assert (await vm.process.stop(vm.qmp)).how is StopHow.GONE
 
@@ -179,9 +179,9 @@ async def test_killed_while_asked(image: GuestImage, shim: Path, runtime: Path) 
         with pytest.raises(PeerLost, match="query-status"):
             await asked
         assert time.monotonic() - began < 5
-        info = await vm.process.wait(5)
+        info = await vm.process.wait(STEP_SECONDS)
         assert (info.signal, info.status, info.how) == (signal.SIGKILL, None, "was killed by SIGKILL")
-        assert await asyncio.wait_for(vm.qmp.lost(), 5)
+        assert await asyncio.wait_for(vm.qmp.lost(), STEP_SECONDS)
         assert not vm.qmp.connected
         with pytest.raises(PeerLost):
             await vm.qmp.status()
@@ -306,7 +306,7 @@ async def test_adopted(image: GuestImage, shim: Path, runtime: Path) -> None:
         assert (report.how, report.exit.how) == (StopHow.QUIT, "is gone")
         await link.close()
         adopted.close()
-        await vm.process.wait(5)
+        await vm.process.wait(STEP_SECONDS)
         with pytest.raises(PeerLost, match="is gone"):
             QemuProcess.adopt(vm.process.pid, vm.process.start_time, vm.process.log)
 
@@ -314,7 +314,7 @@ async def test_adopted(image: GuestImage, shim: Path, runtime: Path) -> None:
 async def test_close_lets_go_without_ending(image: GuestImage, shim: Path, runtime: Path) -> None:
     async with started(image, shim, runtime) as vm:
         adopted = QemuProcess.adopt(vm.process.pid, vm.process.start_time, vm.process.log)
-        waiting = asyncio.create_task(adopted.wait(10))
+        waiting = asyncio.create_task(adopted.wait(STEP_SECONDS))
         await asyncio.sleep(0)
         adopted.close()
         await waiting

@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo   set up, then boot a guest, reclaim its memory, check every byte: table, report/, picture"
-	@echo "make test   set up, lint, all tests (the ones in tests/vm boot guests)"
+	@echo "make test   set up, lint, all tests (the ones in tests/vm boot guests; JOBS=2 for two files at a time)"
 	@echo "make lint   set up, ruff, mypy, import-linter"
 	@echo "make bench  set up, measure what the README's figures come from"
 	@echo "make fuzz   set up, fuzz what reads the other side's bytes (MINUTES=30)"
@@ -26,8 +26,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+JOBS ?= 0
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.privileged import HostSettings
+
 #: Seconds for what has been told to end.
 _GRACE = 10.0
 _VARIABLES = ("HVAQEMU_RUNTIME_DIR", "HVAQEMU_STATE_DIR")
@@ -50,9 +52,26 @@ def places() -> Iterator[Path]:
     assert not left, f"processes of the tests were still there, and were killed: {'; '.join(left)}"
 
 
+@pytest.fixture(scope="session")
+def host_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostSettings]:
+    """For tests that change settings of the host; others are kept from running meanwhile by :func:`settled`."""
+    folder = tmp_path_factory.getbasetemp()
+    settings = HostSettings(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    yield settings
+    settings.close()
+
+
+@pytest.fixture(scope="module")
+def settled(host_settings: HostSettings) -> Iterator[None]:
+    """The host's settings stay as they are while a module runs, but for what it changes itself."""
+    with host_settings.left_alone():
+        yield
+
+
 def _end_survivors() -> list[str]:
     deadline = time.monotonic() + _GRACE
     while (found := _survivors()) and time.monotonic() < deadline:
+        # They are nobody's children here: no event tells of their end.
         time.sleep(0.1)
     for pid in found:
         with suppress(ProcessLookupError):

@@ -31,17 +31,17 @@ class Source:
     def __bool__(self) -> bool:
         return self._at < len(self._data)
 
-    def bytes(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes:
         self._at += count
         return self._data[self._at - count : self._at]
 
     def number(self, size: int = 1) -> int:
-        return int.from_bytes(self.bytes(size), "big")
+        return int.from_bytes(self.take(size), "big")
 
     def block(self) -> bytes:
         """Bytes behind their count, of which a byte stands for up to 4 KiB."""
         count = self.number()
-        return self.bytes(count) if count < 240 else self.bytes(8) * (1 << (count - 240) >> 3)
+        return self.take(count) if count < 240 else self.take(8) * (1 << (count - 240) >> 3)
 
 
 def host_messages(data: bytes) -> None:
@@ -99,10 +99,11 @@ def _hello(driver: Driver, source: Source) -> None:
     size = 4096 if source.number() else 65536
     nonce = (driver.nonce, 0, 77)[source.number() % 3]
     instance = source.number() % 4
-    text = source.bytes(source.number() % 9).decode(errors="replace")
-    facts = [source.number() % 4 for _ in range(4)]
-    hello = protocol.Hello(nonce, source.number(), instance, bytes(16), size, ranges, text, text, *facts, (text,))
-    driver.feed(encode(hello))
+    text = source.take(source.number() % 9).decode(errors="replace")
+    poison, debug, alloc, free = (source.number() % 4 for _ in range(4))
+    features = source.number()
+    names, checks = (text, text), (poison, debug, alloc, free)
+    driver.feed(encode(protocol.Hello(nonce, features, instance, bytes(16), size, ranges, *names, *checks, (text,))))
 
 
 def _good_hello(driver: Driver, _source: Source) -> None:
@@ -141,9 +142,9 @@ def _nearly(driver: Driver, source: Source) -> None:
         source.number() if source.number() & 1 or asked is None else asked.round,
     )
     piece, start, pages = source.number(), source.number(), source.number() + 1
-    raw = source.bytes(source.number() % 16)
+    raw = source.take(source.number() % 16)
     fit = source.number()
-    text = source.bytes(8).decode(errors="replace")
+    text = source.take(8).decode(errors="replace")
     made: tuple[Callable[[], Message], ...] = (
         lambda: protocol.ScanPiece(key[0], piece, start, pages, pack_map(_fitted(raw, pages, fit))),
         lambda: protocol.ScanEnd(key[0], piece, *[fit << 56] * 8),

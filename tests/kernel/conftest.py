@@ -19,3 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def guest() -> Iterator[Guest]:
     with Guest() as found:
         yield found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_host(settled: None) -> None:
+    """Huge pages behind memory would change what is measured here."""

@@ -18,7 +18,7 @@ from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import RefusedError
 from tests.kernel.harness import PAGES, Guest
 from tests.kernel.unfit import NOBODY
-from tests.privileged import shmem_enabled
+from tests.privileged import HostSettings
 
 #: Enough for a huge page, wherever the mapping begins.
 HUGE_PAGES = 2048
@@ -128,14 +128,14 @@ def test_ram_of_hugetlb_pages_is_refused() -> None:
 
 
 @pytest.mark.parametrize("setting", ["advise", "always"])
-def test_huge_pages_really_behind_ram_are_refused(setting: str) -> None:
-    with shmem_enabled("always"):
+def test_huge_pages_really_behind_ram_are_refused(host_settings: HostSettings, setting: str) -> None:
+    with host_settings.shmem_enabled("always"):
         # Whether they are there is a matter of the past: the setting of now is not asked.
         with unfit("huge", pages=HUGE_PAGES) as pid, ram_of(pid) as ram:
             figures = dict(refusals._smaps(pid, os.fstat(ram.fd)))
             if not figures["ShmemPmdMapped"]:
                 pytest.skip("the kernel found no huge page to give")
-            with shmem_enabled(setting):
+            with host_settings.shmem_enabled(setting):
                 with pytest.raises(RefusedError, match="may get huge pages"):
                     refusals.refuse(pid, ram)
                 with pytest.raises(RefusedError, match=r"huge pages are behind \d+ MiB"):

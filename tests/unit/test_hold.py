@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -68,7 +68,7 @@ class Held:
 
     @property
     def qmp(self) -> QmpLink:
-        return cast(Any, self.monitor)
+        return cast(QmpLink, self.monitor)
 
     async def begin(self) -> None:
         self.hold.begin([_HELD], self.qmp)

@@ -99,7 +99,8 @@ def test_modules_are_read_from_their_files(tmp_path: Path) -> None:
 
 
 def read_cpio(archive: bytes) -> list[Entry]:
-    found, at = [], 0
+    found: list[Entry] = []
+    at = 0
     while True:
         assert archive[at : at + 6] == b"070701"
         fields = [int(archive[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]

@@ -22,20 +22,15 @@ from hva_host.agent.model import VmState
 from hva_host.agent.vm import Vm
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import HvaError, RefusedError
-from hvaqemu.pages import STATE_MASK, PageState
 from hvaqemu.paths import runtime_dir
 from hvaqemu.qemu import user_args
 from hvaqemu.units import MiB
-from tests.privileged import shmem_enabled
 from tests.vm.harness import (
     BOOT_SECONDS,
     BOTH,
     STEP_SECONDS,
-    UNUSED,
-    VOLATILE,
     Guest,
     nothing_left,
-    running_guest,
     until,
 )
 
@@ -98,13 +93,14 @@ async def refused(guest: Visited, reason: str) -> AsyncIterator[None]:
     seen = guest.heard("EPOCH")
     await until(lambda: guest.heard("EPOCH") > seen, STEP_SECONDS, "an epoch")
     yield
-    await until(lambda: guest.said()[before:], 10, "word that reclaim is refused")
+    await until(lambda: guest.said()[before:], STEP_SECONDS, "word that reclaim is refused")
     name, why = guest.said()[before]
     assert name == "RECLAIM_REFUSED"
     assert reason in why
     await until_refused(guest.vm, reason)
     seen = guest.heard("EPOCH")
     assert await guest.run("echo alive") == "alive\n"
+    # Nothing tells of what does not happen.
     await asyncio.sleep(1.0)
     assert guest.heard("EPOCH") == seen, "epochs go on"
 
@@ -120,7 +116,7 @@ async def until_refused(vm: Vm, reason: str) -> None:
 
 async def allowed(guest: Visited) -> None:
     """What was in the way is gone: the reclaim that was begun before goes on by itself."""
-    await until(lambda: guest.said()[-1] == ("RECLAIM_ALLOWED", ""), 10, "word that reclaim is allowed again")
+    await until(lambda: guest.said()[-1] == ("RECLAIM_ALLOWED", ""), STEP_SECONDS, "word that reclaim is allowed again")
     seen = guest.heard("EPOCH")
     await until(lambda: guest.heard("EPOCH") > seen + 1, STEP_SECONDS, "epochs")
     assert (await guest.vm.stop_reclaiming()).epochs
@@ -157,9 +153,9 @@ async def test_a_process_that_maps_ram_stops_reclaim(guest: Visited) -> None:
         assert process.stdout is not None
         assert await asyncio.to_thread(process.stdout.readline) == b"mapped\n"
         assert f"(process {process.pid})" in hazards.of_process(guest.qemu_pid)
-        await until(lambda: "mapped by other processes too" in guest.vm.refusals.text, 10, "word of the mapping")
+        await until(lambda: "mapped by other processes too" in guest.vm.refusals.text, STEP_SECONDS, "word of it")
         await guest.plug("device_del", id="fs0")
-        await until(lambda: "vhost-user" not in guest.vm.refusals.text, 10, "the device's end")
+        await until(lambda: "vhost-user" not in guest.vm.refusals.text, STEP_SECONDS, "the device's end")
         assert "mapped by other processes too" in (await guest.vm.status()).reclaim_refused, "it still has the RAM"
     await allowed(guest)
 
@@ -185,14 +181,14 @@ async def test_a_hazard_that_came_while_no_host_agent_ran_is_found_at_adoption(g
     guest.fleet = Fleet(runtime_dir(), on_event=lambda event, data: guest.events.append((event, data)))
     await guest.fleet.start()
     guest.vm = guest.fleet.get(_NAME)
-    await until(guest.said, 10, "word that reclaim is refused")
+    await until(guest.said, STEP_SECONDS, "word that reclaim is refused")
     await until_refused(guest.vm, "second memory back end (mem1)")
     async with asyncio.timeout(STEP_SECONDS):
         await guest.vm.guest.wait_connected(STEP_SECONDS)
     # Refaults are answered all the same.
     await guest.tree_digest()
     await guest.plug("object-del", id="mem1")
-    await until(lambda: guest.said()[-1] == ("RECLAIM_ALLOWED", ""), 10, "word that reclaim is allowed again")
+    await until(lambda: guest.said()[-1] == ("RECLAIM_ALLOWED", ""), STEP_SECONDS, "word that reclaim is allowed again")
     assert (await guest.epoch()).discarded > 0
 
 
@@ -247,56 +243,3 @@ async def test_at_launch_it_is_refused_and_nothing_is_left(
         await fleet.close()
         shutil.rmtree(folder)
         disk.unlink()
-
-
-@pytest.mark.parametrize(("setting", "kernel_args"), [("advise", ""), ("always", "page_poison=1")])
-async def test_no_huge_page_stands_behind_ram(setting: str, kernel_args: str) -> None:
-    """QEMU asks for them (MADV_HUGEPAGE), and the host would give them; the shim declines.
-
-    The second guest checks the content of its free pages: those are never discarded, copies are.
-    """
-    with shmem_enabled(setting):
-        async with running_guest("huge", memory=_MEMORY, kernel_args=kernel_args) as guest:
-            tree = await guest.tree_digest()
-            for _ in range(2):
-                result = await guest.vm.reclaim(BOTH)
-                assert result.discarded > 5_000
-                assert figures(guest.qemu_pid)["ShmemPmdMapped"] == 0
-                assert await guest.tree_digest() == tree
-            await guest.vm.restore()
-            assert figures(guest.qemu_pid)["ShmemPmdMapped"] == 0
-            assert hazards.of_process(guest.qemu_pid) == ""
-            assert await guest.complaints() == []
-            if kernel_args:
-                await unused_is_refused(guest)
-
-
-async def unused_is_refused(guest: Guest) -> None:
-    assert "POISONING is on" in await guest.run("dmesg"), "this kernel does not check free pages"
-    status = await guest.vm.status()
-    assert status.reclaim_refused == "unused: the guest checks the content of its free pages (page_poison)"
-    epochs = (await guest.vm.reclaim(BOTH)).epochs
-    assert sum(stats.discarded_layer for stats in epochs) > 1_000
-    free = guest.classes() & STATE_MASK == PageState.UNUSED
-    before = guest.presence() & free
-    assert before.sum() > 1_000
-    stats = await guest.epoch(UNUSED)
-    # Zeros are discarded wherever they are found: they come back as zeros, so they are copies.
-    assert stats.discarded == stats.discarded_zero < before.sum() / 10
-    assert (guest.presence() & before).sum() > before.sum() * 0.9
-    assert stats.unconfirmed == 0
-    assert (await guest.epoch(VOLATILE)).note == ""
-
-
-def figures(pid: int) -> dict[str, int]:
-    """KiB by name, of the mapping that is guest RAM."""
-    found: dict[str, int] = {}
-    ours = False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        words = line.split()
-        if not words[0].endswith(":"):
-            ours = words[-2:] == ["/memfd:memory-backend-memfd", "(deleted)"]
-        elif ours and words[-1] == "kB":
-            found[words[0][:-1]] = found.get(words[0][:-1], 0) + int(words[1])
-    assert found["Rss"] > 0
-    return found

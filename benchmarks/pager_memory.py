@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,20 +13,19 @@ from benchmarks.figure import Figure, show
 from hva_host.agent.epochs import EpochDriver
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
-from hva_host.memory.index import build_index
 from hva_host.memory.ledger import LEDGER_NAME
 from hva_host.pager.coldness import SHARES, WATCHED_SECONDS
 from hva_host.pager.epoch import Member
 from hva_host.pager.process_files import descriptors
 from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.units import GiB, MiB
+from tests.kernel.harness import Vcpu, write_layer
 
 PAGES = GiB // PAGE_SIZE
 LAYER_PAGES = 65536
 #: Behind them, for the compressed store.
 COLD_PAGES = 16384
 PAGERS = 8
-VCPU = Path(__file__).parents[1] / "tests" / "kernel" / "vcpu.py"
 
 
 def main() -> None:
@@ -55,17 +52,15 @@ async def costs() -> list[tuple[int, int]]:
     with ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="hvamem")))
         undo.callback(parent.close)
-        layer = folder / "golden.raw", folder / "golden.idx"
-        layer[0].write_bytes(content)
-        build_index(*layer)
+        layer = write_layer(folder, content)
         pagers = []
         for number in range(PAGERS):
-            child = undo.enter_context(_vcpu())
-            undo.callback(child.kill)
+            child = Vcpu(PAGES)
+            undo.callback(child.close)
             (folder / str(number)).mkdir()
             driver = EpochDriver(PAGES, 60.0, store=GiB // 4)
             pager = PagerHandle(folder / str(number), parent, driver.on_pager_event)
-            await asyncio.to_thread(_fill, child, content + cold)
+            await asyncio.to_thread(child.fill, content + cold)
             await pager.start(child.pid, [layer])
             await _work(child, pager, driver)
             pagers.append((pager, child))
@@ -75,25 +70,11 @@ async def costs() -> list[tuple[int, int]]:
         return found
 
 
-def _vcpu() -> subprocess.Popen[str]:
-    child = subprocess.Popen(
-        [sys.executable, str(VCPU), str(PAGES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    assert child.stdout is not None
-    child.stdout.readline()
-    return child
-
-
-def _fill(child: subprocess.Popen[str], content: bytes) -> None:
-    ram = next(fd for fd, link in descriptors(child.pid).items() if "memory-backend" in link)
-    with Path(f"/proc/{child.pid}/fd/{ram}").open("r+b") as file:
-        file.write(content)
-
-
-async def _work(child: subprocess.Popen[str], pager: PagerHandle, driver: EpochDriver) -> None:
+async def _work(child: Vcpu, pager: PagerHandle, driver: EpochDriver) -> None:
     wanted = np.zeros(PAGES, dtype=np.uint8)
     wanted[:LAYER_PAGES] = Member.COPY
     wanted[LAYER_PAGES : LAYER_PAGES + COLD_PAGES] = Member.STABLE
+    touch = "m " + " ".join(map(str, range(0, LAYER_PAGES + COLD_PAGES, 5)))
     for _ in range(2):
         for _ in SHARES:
             await driver.transact(pager.link, wanted, 60.0)
@@ -101,14 +82,7 @@ async def _work(child: subprocess.Popen[str], pager: PagerHandle, driver: EpochD
         totals = await call(pager, "status")
         if totals["preserved_pages"] < COLD_PAGES // 2:
             raise AssertionError(f"{totals['preserved_pages']} of {COLD_PAGES} pages were paged out")
-        await asyncio.to_thread(_touch, child)
-
-
-def _touch(child: subprocess.Popen[str]) -> None:
-    assert child.stdout is not None
-    assert child.stdin is not None
-    child.stdin.write("m " + " ".join(map(str, range(0, LAYER_PAGES + COLD_PAGES, 5))) + "\n")
-    assert child.stdout.readline() == "ok\n"
+        assert await asyncio.to_thread(child.say, touch) == "ok"
 
 
 def _private(pid: int) -> int:

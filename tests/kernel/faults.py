@@ -7,9 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,19 +19,19 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
-from hva_host.memory.index import build_index
 from hva_host.pager.epoch import Member
-from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.faultpoints import VARIABLE
 from hvaqemu.pages import Run
 from hvaqemu.qemu.process import QemuProcess
-from tests.kernel.harness import PAGE, block
+from tests.kernel.harness import PAGE, Vcpu, block, crc, write_layer
 
 COPIES, FREE, PRECIOUS, COLD = range(64), range(64, 128), range(128, 192), range(192, 256)
 #: Copies that a guest frees.
 FREED = range(32, 64)
 PAGES = 256
+#: Bounds what only a failure makes long.
+_SECONDS = 60.0
 
 
 class Machine:
@@ -50,16 +47,8 @@ class Machine:
         self._back = asyncio.Event()
         self._told = asyncio.Event()
         self.failures: list[Exception] = []
-        self.layers = ((folder / "golden.raw", folder / "golden.idx"),)
-        self.child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("vcpu.py")), str(PAGES)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        assert self.child.stdout is not None
-        self.child.stdout.readline()
+        self.layers = (write_layer(folder, b"".join(map(block, COPIES))),)
+        self.child = Vcpu(PAGES)
         self.expected: dict[int, set[int]] = {}
         self._lock = asyncio.Lock()
         self.driver = EpochDriver(PAGES, 5.0, store=PAGES * PAGE)
@@ -70,15 +59,10 @@ class Machine:
 
     async def start(self) -> None:
         """Fill RAM, attach the pager, keep it."""
-        golden = self.folder / "golden.raw"
-        golden.write_bytes(b"".join(block(pfn) for pfn in COPIES))
-        build_index(golden, self.folder / "golden.idx")
-        links = descriptors(self.child.pid)
-        ram = next(fd for fd, link in links.items() if "memory-backend" in link)
         content = [cold(pfn) if pfn in COLD else block(pfn) for pfn in range(PAGES)]
-        await asyncio.to_thread(Path(f"/proc/{self.child.pid}/fd/{ram}").write_bytes, b"".join(content))
+        self.child.fill(b"".join(content))
         for pfn, data in enumerate(content):
-            self.expected[pfn] = {zlib.crc32(data)}
+            self.expected[pfn] = {crc(data)}
         faults = ",".join(f"{name}:{action}:{self.folder / name}" for name, action in self.points.items())
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = faults
@@ -91,20 +75,20 @@ class Machine:
         await self.pager.start(self.child.pid, self.layers)
         self._keeper = asyncio.create_task(keep_pager(self.pager, self.process, lambda: self.layers, self))
 
-    async def close(self) -> None:
+    async def keep_no_more(self) -> None:
+        """Nobody replaces the pager any more, as where the host agent is dead."""
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait({self._keeper})
-        self.child.kill()
-        self.child.wait()
+
+    async def close(self) -> None:
+        await self.keep_no_more()
+        self.child.close()
         await self.pager.wait_ended(10)
         await self.pager.close()
         self.parent.close()
         if self.process is not None:
             self.process.close()
-        for stream in (self.child.stdin, self.child.stdout):
-            if stream is not None:
-                stream.close()
 
     def arm(self, name: str) -> None:
         """Have the next process that comes to the point act on it."""
@@ -132,7 +116,7 @@ class Machine:
 
     async def restarted(self, times: int) -> None:
         """Wait for so many restarts."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(_SECONDS):
             while self.restarts < times:
                 self._back.clear()
                 await self._back.wait()
@@ -149,7 +133,7 @@ class Machine:
 
     async def held(self) -> list[dict[str, Any]]:
         """What the pager holds, once it holds something."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(_SECONDS):
             while True:
                 self._told.clear()
                 if found := (await call(self.pager, "status"))["held"]:
@@ -175,17 +159,11 @@ class Machine:
         data = bytearray(block(pfn))
         data[: len(text)] = text.encode()
         await self._vcpu(f"w {pfn} {text}")
-        self.expected[pfn] = {zlib.crc32(data)}
+        self.expected[pfn] = {crc(data)}
 
     async def _vcpu(self, line: str) -> str:
         async with self._lock:
-            return await asyncio.wait_for(asyncio.to_thread(self._say, line), 30)
-
-    def _say(self, line: str) -> str:
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        self.child.stdin.write(line + "\n")
-        return self.child.stdout.readline()
+            return await asyncio.wait_for(asyncio.to_thread(self.child.say, line), _SECONDS)
 
     async def epoch(self, *, stable: bool = False) -> dict[str, Any] | None:
         """One epoch over copies and free pages, with a write while they are protected; None if its pager died.
@@ -199,7 +177,7 @@ class Machine:
             wanted[PRECIOUS.start : COLD.stop] = Member.STABLE
         for pfn in FREE:
             # A free page has its old bytes until it is discarded.
-            self.expected[pfn] |= {zlib.crc32(bytes(PAGE))}
+            self.expected[pfn] |= {crc(bytes(PAGE))}
         try:
             return await self.driver.transact(self.pager.link, wanted, 5.0, cast(GuestLink, _Guest(self)))
         except (PeerLost, DeadlineExceeded, RefusedError):

@@ -1,4 +1,4 @@
-"""What the kernel tests share: a guest without QEMU, and golden layers."""
+"""What the kernel tests share: a child in QEMU's place, a guest without QEMU, and golden layers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hva_host.pager.attach import attach
 from hva_host.pager.epoch import Epoch, Member
 from hva_host.pager.fetch import Fetcher
 from hva_host.pager.preserve import Preserver
+from hva_host.pager.process_files import descriptors
 from hva_host.pager.prove import Prover
 from hva_host.pager.refaults import Refaults
 from hva_host.pager.sources import Sources
@@ -30,20 +31,66 @@ PAGES = 64
 ZERO = bytes(PAGE)
 
 
-class Guest:
-    """A child with RAM, and a pager in this process that answers only when a test says so."""
+class Vcpu:
+    """A child in QEMU's place (``vcpu.py``): it has RAM, and touches pages of it when told."""
 
-    def __init__(self, pages: int = PAGES) -> None:
-        self.child = subprocess.Popen(
+    def __init__(self, pages: int) -> None:
+        self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("vcpu.py")), str(pages)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
         )
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        self.address = int(self.child.stdout.readline().split()[0])
+        self.pid = self._process.pid
+        #: Where its RAM is mapped.
+        self.address = int(self.reply().split()[0])
+
+    def kill(self) -> None:
+        """End it, even where it waits in a fault."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Kill it, and hear nothing more of it."""
+        self.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def fill(self, data: bytes) -> None:
+        """Put bytes at the start of its RAM through the memfd, as a guest that has them."""
+        ram = next(fd for fd, link in descriptors(self.pid).items() if "memory-backend" in link)
+        with Path(f"/proc/{self.pid}/fd/{ram}").open("r+b") as file:
+            file.write(data)
+
+    def send(self, line: str) -> None:
+        """Tell it to touch something; it may wait in a fault then."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+
+    def answered(self, timeout: float = 0.0) -> bool:
+        """Has it answered within ``timeout`` seconds?"""
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], timeout)[0])
+
+    def reply(self) -> str:
+        """What it answers, however long that takes."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def say(self, line: str) -> str:
+        """Tell it to touch something, which somebody else lets it do; what it answers."""
+        self.send(line)
+        return self.reply()
+
+
+class Guest:
+    """A child with RAM, and a pager in this process that answers only when a test says so."""
+
+    def __init__(self, pages: int = PAGES) -> None:
+        self.child = Vcpu(pages)
+        self.address = self.child.address
         self.pidfd = os.pidfd_open(self.child.pid)
         self.ram = attach(self.child.pid, self.pidfd, Sources(self.child.pid, self.pidfd))
         self.fetcher = Fetcher()
@@ -57,11 +104,7 @@ class Guest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.child.kill()
-        self.child.wait()
-        for stream in (self.child.stdin, self.child.stdout):
-            if stream is not None:
-                stream.close()
+        self.child.close()
         self.fetcher.close()
         self.ram.uffd.close()
         self.ram.backing.close()
@@ -74,12 +117,11 @@ class Guest:
 
     def send(self, line: str) -> None:
         """Tell the vCPU to touch something; it may wait in a fault then."""
-        assert self.child.stdin is not None
-        self.child.stdin.write(line + "\n")
+        self.child.send(line)
 
     def answered(self, timeout: float = 0.0) -> bool:
         """Has the vCPU answered within ``timeout`` seconds?"""
-        return bool(select.select([self.child.stdout], [], [], timeout)[0])
+        return self.child.answered(timeout)
 
     def serve(self) -> int:
         """Answer the faults there are now; answers how many."""
@@ -96,8 +138,7 @@ class Guest:
         while not self.answered(0.001):
             self.serve()
             assert time.monotonic() < deadline, "the vCPU still waits"
-        assert self.child.stdout is not None
-        return self.child.stdout.readline().strip()
+        return self.child.reply()
 
     def write(self, pfn: int, text: str) -> None:
         """Have the vCPU write, serving its faults."""
@@ -138,7 +179,7 @@ class Guest:
                 self.confirm_all(epoch)
 
 
-def crc(data: bytes) -> int:
+def crc(data: bytes | bytearray) -> int:
     """As the vCPU computes it."""
     return zlib.crc32(data)
 
@@ -148,9 +189,14 @@ def block(seed: int) -> bytes:
     return random.Random(seed).randbytes(PAGE)
 
 
+def write_layer(folder: Path, content: bytes, name: str = "golden.raw") -> tuple[Path, Path]:
+    """A layer and its index, as files."""
+    path, index = folder / name, folder / f"{name}.idx"
+    path.write_bytes(content)
+    build_index(path, index)
+    return path, index
+
+
 def make_layer(folder: Path, blocks: list[bytes], name: str = "golden.raw") -> Layer:
-    """A layer of these blocks, indexed."""
-    path = folder / name
-    path.write_bytes(b"".join(blocks))
-    build_index(path, folder / f"{name}.idx")
-    return open_layer(path, folder / f"{name}.idx")
+    """A layer of these blocks, indexed and open."""
+    return open_layer(*write_layer(folder, b"".join(blocks), name))

@@ -106,7 +106,6 @@ def test_a_device_that_pins_ram_is_seen(tmp_path: Path) -> None:
 def test_the_ledger_lives_as_long_as_the_guest(guest: Guest) -> None:
     guest.run(guest.begin({1: Member.COPY}))
     guest.child.kill()
-    guest.child.wait()
     with pytest.raises(PeerLost):
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:

@@ -183,6 +183,8 @@ async def test_stuck(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_stuck_and_its_host_agent_is_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next host agent knows no number of it: it finds who holds the ledger, and replaces that."""
     assert await machine.epoch() is not None
+    # It would see its pager's death, and start another at the same time.
+    await machine.keep_no_more()
     stuck = machine.pager.pid
     os.kill(stuck, signal.SIGSTOP)
     monkeypatch.setattr(pager_process, "CALL_SECONDS", 0.5)
@@ -190,7 +192,6 @@ async def test_stuck_and_its_host_agent_is_dead(machine: Machine, monkeypatch: p
     assert machine.process is not None
     try:
         assert await pager_keeper.connect_or_start(handle, machine.process, machine.layers)
-        # Our own keeper may have met with its death by now, and found the same successor.
         assert handle.pid != stuck
         assert await machine.read(COPIES[5]) in machine.expected[COPIES[5]]
         assert (await call(handle, "status"))["layer_pages"] == len(COPIES) - 1

@@ -19,14 +19,7 @@ from qemu.qmp.message import Message
 
 from hva_host.agent import control
 from hva_host.agent.model import VmStatus
-from tests.unit.control_stand_ins import MEASURE, Served, served, short_folder
-
-
-@pytest.fixture
-async def control_socket() -> AsyncIterator[Served]:
-    with short_folder() as folder:
-        async with served(folder) as found:
-            yield found
+from tests.unit.control_stand_ins import MEASURE, Served
 
 
 @asynccontextmanager

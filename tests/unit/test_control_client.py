@@ -13,14 +13,7 @@ from hva_host.agent.control import CONTROL_SOCKET
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, DeadlineExceeded, GuestError, PeerLost, ProtocolError, RefusedError
 from hvaqemu.qemu import sockets
-from tests.unit.control_stand_ins import Served, served, short_folder
-
-
-@pytest.fixture
-async def control_socket() -> AsyncIterator[Served]:
-    with short_folder() as folder:
-        async with served(folder) as found:
-            yield found
+from tests.unit.control_stand_ins import Served, short_folder
 
 
 @asynccontextmanager

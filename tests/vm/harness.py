@@ -118,6 +118,10 @@ class Guest:
         assert report is not None
         return report.classes
 
+    def protection(self, patch: pytest.MonkeyPatch, seconds: float) -> None:
+        """Pages stay protected for so long at the most, until ``patch`` is undone."""
+        patch.setattr(self.vm.reclaimer._driver, "_protection", seconds)
+
     async def epoch(self, *states: ReclaimState) -> EpochStats:
         """Run exactly one epoch."""
         return (await self.vm.reclaim(states or BOTH, epochs=1)).epochs[0]

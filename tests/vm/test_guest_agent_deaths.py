@@ -144,7 +144,7 @@ async def back(guest: Guest) -> None:
 async def test_an_agent_that_dies_or_stands_still(
     guest: Guest, steward: Steward, tree: str, state: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(epochs, "_EPOCH_SECONDS", 0.5)
+    guest.protection(monkeypatch, 0.5)
     monkeypatch.setattr(epochs, "_SCAN_SECONDS", 1.0)
     monkeypatch.setattr(guest_link, "_EXEC_GRACE", 1.0)
     await guest.epoch(VOLATILE)

@@ -15,7 +15,7 @@ import pytest_asyncio
 from hva_host.agent import epochs
 from hva_host.agent.model import VmState
 from hvaqemu.errors import ConfigError, DeadlineExceeded, HvaError, PeerLost
-from hvaqemu.pages import STATE_MASK, PageState
+from hvaqemu.pages import STATE_MASK, PageState, Run
 from tests.vm.board import SERIAL, Board
 from tests.vm.harness import (
     BOOT_SECONDS,
@@ -82,7 +82,7 @@ async def test_guest_agent_killed(guest: Guest) -> None:
 
 async def test_guest_agent_silent(guest: Guest, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent that is stopped between its scan and the confirmation, and one that answers no scan either."""
-    monkeypatch.setattr(epochs, "_EPOCH_SECONDS", 1.0)
+    guest.protection(monkeypatch, 1.0)
     await guest.program("writer", SERIAL)
     await board.beats()
     # Free pages that the host has, and copies to discard.
@@ -90,9 +90,9 @@ async def test_guest_agent_silent(guest: Guest, board: Board, monkeypatch: pytes
     await guest.run("dd if=/dev/zero of=/dev/shm/used bs=1M count=64 2>/dev/null; rm /dev/shm/used")
     confirm = guest.vm.guest.confirm
 
-    async def never(epoch: bytes, number: int, timeout: float) -> Any:
+    async def never(epoch: bytes, number: int, part: Run, timeout: float) -> Any:
         await board.do("signal", signal.SIGSTOP)
-        return await confirm(epoch, number, timeout)
+        return await confirm(epoch, number, part, timeout)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guest.vm.guest, "confirm", never)

@@ -11,8 +11,7 @@ import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
-from hva_host.agent import epochs
-from hvaqemu.pages import STATE_MASK, PageState
+from hvaqemu.pages import STATE_MASK, PageState, Run
 from tests.vm.harness import BOTH, UNUSED, VOLATILE, Guest, running_guest
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
@@ -24,7 +23,8 @@ _DIRTY, _ANON, _MLOCKED = 4, 12, 33
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def guest() -> AsyncIterator[Guest]:
-    async with running_guest("states") as found:
+    # One slice, which waits for what the guest does while its pages are protected.
+    async with running_guest("states", protection_limit=120.0) as found:
         yield found
 
 
@@ -101,14 +101,13 @@ async def test_locked_and_dirty_pages_stay_and_clean_copies_come_back(held: Gues
 
 async def test_pages_used_after_protection_are_kept(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guest fills free pages after they were protected, before and between the two confirming scans."""
-    monkeypatch.setattr(epochs, "_EPOCH_SECONDS", 120.0)
     confirm, pager_call = guest.vm.guest.confirm, guest.vm.pager.link.call
     fill = "dd if=/dev/urandom of=/dev/shm/{0} bs=64k count=64 2>/dev/null; md5sum /dev/shm/{0}"
     sums: dict[str, str] = {}
 
-    async def fill_first(epoch: bytes, number: int, timeout: float) -> Any:
+    async def fill_first(epoch: bytes, number: int, part: Run, timeout: float) -> Any:
         sums[f"before-{number}"] = await guest.run(fill.format(f"before-{number}"))
-        return await confirm(epoch, number, timeout)
+        return await confirm(epoch, number, part, timeout)
 
     async def fill_between(command: str, arguments: Any = None, *rest: Any, **named: Any) -> Any:
         if command == "confirm":

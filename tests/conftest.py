@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.privileged import HostSettings
@@ -23,6 +24,10 @@ _GRACE = 10.0
 _VARIABLES = ("HVAQEMU_RUNTIME_DIR", "HVAQEMU_STATE_DIR")
 #: All places of VMs that a test has had; a folder below /tmp may choose others than ours.
 _places: set[str] = set()
+
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 def pytest_sessionstart() -> None:

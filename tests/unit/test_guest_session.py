@@ -200,7 +200,7 @@ class Guests(RuleBasedStateMachine):
 
 
 TestGuests = Guests.TestCase
-TestGuests.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestGuests.settings = settings(max_examples=150, stateful_step_count=60)
 
 
 def test_ten_thousand_agents_one_after_the_other_leave_nothing_behind() -> None:

@@ -78,7 +78,7 @@ def test_what_is_in_the_way_is_said(tree: Tree) -> None:
 _PARTS = st.lists(st.sampled_from(["a", "b", "c", "..", "."]), min_size=1, max_size=5).map("/".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(links=st.dictionaries(st.sampled_from("abc"), st.tuples(st.booleans(), _PARTS)), path=_PARTS)
 def test_no_links_lead_out(
     tmp_path_factory: pytest.TempPathFactory, links: dict[str, tuple[bool, str]], path: str

@@ -40,7 +40,7 @@ def prints(index: LayerIndex, seeds: list[int]) -> np.ndarray:
     return fingerprints(memoryview(b"".join(page(seed) for seed in seeds)), len(seeds), index.seed)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(layer=st.lists(st.integers(0, 9), min_size=1, max_size=30), wanted=st.lists(st.integers(0, 12), max_size=30))
 def test_lookup_finds_a_block_of_the_same_content_or_none(
     tmp_path_factory: pytest.TempPathFactory, layer: list[int], wanted: list[int]

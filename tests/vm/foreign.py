@@ -22,8 +22,8 @@ from tests.vm.programs import PYTHON
 
 MEMORY = 256 * MiB
 _SOME_EPOCHS = 3
-#: Far longer than anything here takes: it is told to end.
-_CHURN_SECONDS = 300
+#: At the most, where it is not told to end before: a guest with little memory left does nothing else meanwhile.
+_CHURN_SECONDS = 12
 _CHURN = f"setsid sh -c '{PYTHON} churn {_CHURN_SECONDS} >churn.said 2>&1; echo $? >churn.status' &"
 
 
@@ -60,7 +60,7 @@ class Foreign(Guest):
         return [data["reason"] for name, data in self.events if name == "RECLAIM_REFUSED"]
 
     async def churn(self) -> None:
-        """Have the guest churn in the background: this waits for nothing."""
+        """Have the guest churn in the background, for a while: this waits for nothing."""
         await self.run(f"cd /run; rm -f churn.status churn.end; {_CHURN}")
 
     async def churned(self) -> None:

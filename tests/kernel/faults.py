@@ -189,7 +189,7 @@ class Machine:
         wanted[COPIES.start : COPIES.stop] = Member.UNUSED
         for pfn in FREED:
             # As above; from here on either is right.
-            self.expected[pfn] |= {zlib.crc32(bytes(PAGE))}
+            self.expected[pfn] |= {crc(bytes(PAGE))}
         try:
             return await self.driver.transact(self.pager.link, wanted, 5.0, cast(GuestLink, _Freed()))
         except (PeerLost, DeadlineExceeded, RefusedError):

@@ -14,7 +14,7 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.pager.messages import RESIDENCE_PAGES_MAX
 from hvaqemu.errors import PeerLost, RefusedError
 from hvaqemu.protocol import DiscardedEnd, DiscardedKept, DiscardedPiece
-from tests.kernel.test_pager_process import PAGES, Vcpu, vcpu  # noqa: F401
+from tests.kernel.test_pager_process import PAGES, Machine, machine  # noqa: F401
 
 
 class Guest:
@@ -37,14 +37,14 @@ class Guest:
 
 
 async def test_what_the_pager_has_taken_reaches_the_file(
-    vcpu: Vcpu,  # noqa: F811
+    machine: Machine,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("hva_host.agent.discarded_list.RESIDENCE_PAGES_MAX", 48)
     guest = Guest(tmp_path / "hva")
-    told = DiscardedList(PAGES, lambda: cast(GuestLink, guest), lambda: vcpu.pager)
-    await vcpu.discard()
+    told = DiscardedList(PAGES, lambda: cast(GuestLink, guest), lambda: machine.pager)
+    await machine.discard()
     await told.tell()
     assert guest.runs == [f"0-{PAGES // 2 - 1} layer"]
     assert guest.asked == -(-PAGES // 48) + 1
@@ -54,7 +54,7 @@ async def test_what_the_pager_has_taken_reaches_the_file(
     guest.hello.instance = 2
     await told.tell()
     assert guest.asked == 2 * (-(-PAGES // 48) + 1)
-    assert (await vcpu.pager.link.call("restore"))["left"] == 0
+    assert (await machine.pager.link.call("restore"))["left"] == 0
     await told.tell()
     assert guest.runs == []
 
@@ -62,18 +62,18 @@ async def test_what_the_pager_has_taken_reaches_the_file(
     guest.keeps_lists = False
     guest.hello.instance = 3
     await told.tell()
-    await DiscardedList(PAGES, lambda: None, lambda: vcpu.pager).tell()
+    await DiscardedList(PAGES, lambda: None, lambda: machine.pager).tell()
     assert guest.asked == asked
 
 
 async def test_a_guest_that_goes_meanwhile_is_told_again(
-    vcpu: Vcpu,  # noqa: F811
+    machine: Machine,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     guest = Guest(tmp_path / "hva")
-    told = DiscardedList(PAGES, lambda: cast(GuestLink, guest), lambda: vcpu.pager)
-    await vcpu.discard()
+    told = DiscardedList(PAGES, lambda: cast(GuestLink, guest), lambda: machine.pager)
+    await machine.discard()
 
     async def lost(_part: object, _timeout: float) -> DiscardedKept:
         raise PeerLost("gone")
@@ -89,6 +89,6 @@ async def test_a_guest_that_goes_meanwhile_is_told_again(
 @pytest.mark.parametrize(
     ("start", "pages"), [(0, 0), (0, PAGES + 1), (-1, 2), (PAGES, 1), (0, RESIDENCE_PAGES_MAX + 1), (1 << 70, 1)]
 )
-async def test_the_pager_tells_of_pages_there_are(vcpu: Vcpu, start: int, pages: int) -> None:  # noqa: F811
+async def test_the_pager_tells_of_pages_there_are(machine: Machine, start: int, pages: int) -> None:  # noqa: F811
     with pytest.raises(RefusedError, match="residence"):
-        await vcpu.pager.link.call("residence", {"start": start, "pages": pages})
+        await machine.pager.link.call("residence", {"start": start, "pages": pages})

@@ -39,7 +39,7 @@ def discard(guest: Guest) -> None:
 
 
 def kinds(guest: Guest) -> list[int]:
-    return guest.ram.ledger.kinds(slice(0, _PAGES)).tolist()
+    return [int(kind) for kind in guest.ram.ledger.kinds(slice(0, _PAGES))]
 
 
 def begin(guest: Guest, pfns: Iterator[int] | list[int] | range) -> Epoch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import stat
 import tracemalloc
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hva_guest import discarded
 from hva_guest.discarded import LIST_BYTES_MAX, DiscardedList
 from hvaqemu.errors import ProtocolError
 from hvaqemu.pages import Residence
@@ -23,8 +23,8 @@ def send(kept: DiscardedList, kinds: bytes, size: int, number: int = 7) -> Disca
     pieces = [kinds[at : at + size] for at in range(0, len(kinds), size)]
     for place, piece in enumerate(pieces):
         kept.piece(DiscardedPiece(1, number, place, place * size, len(piece), pack_map(piece)))
-    totals = [kinds.count(kind) for kind in (Residence.ZERO, Residence.LAYER, Residence.PRESERVED)]
-    return kept.end(DiscardedEnd(1, number, len(pieces), *totals, 1000, 300))
+    zero, layer, preserved = (kinds.count(kind) for kind in (Residence.ZERO, Residence.LAYER, Residence.PRESERVED))
+    return kept.end(DiscardedEnd(1, number, len(pieces), zero, layer, preserved, 1000, 300))
 
 
 def read(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_leaves_the_list_before(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(discarded.os, "write", full)
+        patch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space"):
             send(kept, b"\2", 1)
     assert read(tmp_path)[1] == ["0-0 zero"]

@@ -131,7 +131,12 @@ def test_many_processes_take_turns_and_those_that_map_come_first(
     shared = SharedMappings(str(tmp_path))
     looked: list[int] = []
     maps = shared._maps
-    monkeypatch.setattr(shared, "_maps", lambda pid: looked.append(pid) or maps(pid))
+
+    def look(pid: int) -> Any:
+        looked.append(pid)
+        return maps(pid)
+
+    monkeypatch.setattr(shared, "_maps", look)
     # The time is up after the first process of each look.
     monkeypatch.setattr(mappings, "LOOK_SECONDS", 0.0)
     for _ in range(400):

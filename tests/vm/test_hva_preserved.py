@@ -7,11 +7,10 @@ import pytest
 from hva_host.agent.pager_process import call
 from hvaqemu.scenario_config import ReclaimState
 from hvaqemu.units import MiB
-from tests.vm.harness import GUEST_PROGRAMS, Guest, running_guest, until
+from tests.vm.harness import Guest, running_guest, until
 
 pytestmark = pytest.mark.timeout(600)
 
-_CHURN = GUEST_PROGRAMS / "churn.py"
 _SECONDS = 10
 _ALL = tuple(ReclaimState)
 _MEMORY = 256 * MiB
@@ -53,7 +52,7 @@ async def kept(guest: Guest) -> str:
 
 async def test_paged_out_and_back_under_a_guest_that_verifies_itself() -> None:
     async with running_guest("preserved", memory=_MEMORY, store={"limit": _LIMIT}) as guest:
-        await guest.python(_CHURN, "remember")
+        await guest.program("churn", "remember")
         await keep(guest)
         tree = await guest.tree_digest()
         filled = await guest.vm.measure()
@@ -78,7 +77,7 @@ async def test_paged_out_and_back_under_a_guest_that_verifies_itself() -> None:
         assert out.backing_bytes + out.store_bytes < 0.85 * plain.backing_after_bytes
 
         guest.vm.start_reclaiming(_ALL, 0.0)
-        churned = await guest.python(_CHURN, _SECONDS, timeout=_SECONDS + 240, check=False)
+        churned = await guest.program("churn", _SECONDS, timeout=_SECONDS + 240, check=False)
         beside = await guest.vm.stop_reclaiming()
         assert churned.ok, churned.stderr.decode(errors="replace")
         assert len(beside.epochs) > 5

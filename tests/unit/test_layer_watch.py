@@ -22,7 +22,7 @@ from hva_host.memory.index import build_index
 from hvaqemu.errors import HostError, RefusedError
 
 _BLOCKS = 64
-_SECONDS = 10.0
+_SECONDS = 60.0
 _WRITER = """
 import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)

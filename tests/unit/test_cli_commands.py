@@ -162,6 +162,21 @@ def test_a_vm_that_needs_its_operator_is_loud(agent: Agent, capsysbinary: Said) 
     assert b"3 pages are still held" in capsysbinary.readouterr().err
 
 
+def test_freeze_and_merge(agent: Agent, capsysbinary: Said) -> None:
+    vm = agent.add("one")
+    assert main(["freeze", "one", "root"]) == 0
+    said = capsysbinary.readouterr()
+    assert said.out == b"one: disk root frozen: 4.0 MiB, in 100.0 ms, indexed in 200.0 ms\n"
+    assert b"1.0 MiB of 4.0 MiB indexed" in said.err
+    assert main(["freeze", "one", "--json"]) == 0
+    assert json.loads(capsysbinary.readouterr().out)[0]["layer"] == "/s/root.qcow2"
+    assert main(["merge", "one"]) == 0
+    said = capsysbinary.readouterr()
+    assert said.out == b"one: 1 frozen file merged away\n"
+    assert b"1.0 MiB of 4.0 MiB merged" in said.err
+    assert vm.asked == [("freeze", "root"), ("freeze", None), ("merge", None)]
+
+
 def test_reclaim_restore_resume_down(agent: Agent, capsysbinary: Said) -> None:
     vm = agent.add("one")
     assert main(["reclaim", "one", "--states", "unused", "--epochs", "2"]) == 0
@@ -174,18 +189,6 @@ def test_reclaim_restore_resume_down(agent: Agent, capsysbinary: Said) -> None:
     assert vm.asked[-1] == (("unused", "volatile"), None)
     assert main(["reclaim", "one", "--states", "unused,precious"]) == 1
     assert b"'precious' is not a page state" in capsysbinary.readouterr().err
-    assert main(["freeze", "one", "root"]) == 0
-    said = capsysbinary.readouterr()
-    assert vm.asked[-1] == ("freeze", "root")
-    assert said.out == b"one: disk root frozen: 4.0 MiB, in 100.0 ms, indexed in 200.0 ms\n"
-    assert b"1.0 MiB of 4.0 MiB indexed" in said.err
-    assert main(["freeze", "one", "--json"]) == 0
-    assert json.loads(capsysbinary.readouterr().out)[0]["layer"] == "/s/root.qcow2"
-    assert main(["merge", "one"]) == 0
-    assert vm.asked[-1] == ("merge", None)
-    said = capsysbinary.readouterr()
-    assert said.out == b"one: 1 frozen file merged away\n"
-    assert b"1.0 MiB of 4.0 MiB merged" in said.err
     assert main(["restore", "one"]) == 0
     assert b"768 pages (3.0 MiB)" in capsysbinary.readouterr().out
     assert main(["resume", "one", "--json"]) == 0

@@ -23,8 +23,9 @@ from hvaqemu.errors import HvaError, LaunchError, PeerLost, RefusedError
 from hvaqemu.faultpoints import VARIABLE
 from hvaqemu.scenario_config import DEFAULT_STATES
 from hvaqemu.units import MiB
-from tests.vm.harness import COMPLAINTS, GUEST_PROGRAMS
+from tests.vm.harness import COMPLAINTS
 from tests.vm.host import Host, own_host
+from tests.vm.programs import bundle, start_command
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
@@ -33,7 +34,6 @@ _NAME = "frozen"
 _XFS_BYTES = 320 * MiB
 _EXT4, _XFS = "/var/tmp/frozen", "/mnt/frozen"
 _FOLDERS = (_EXT4, _XFS)
-_REWRITER = GUEST_PROGRAMS / "rewriter.py"
 _SECONDS = 10
 _WRITTEN = 24 * MiB
 
@@ -94,7 +94,7 @@ class Frozen:
                 await asyncio.sleep(0.1)
 
     async def rewriter(self, *words: str) -> str:
-        return await self.sh("", _REWRITER.read_bytes(), ("python3", "-B", "-", *words))
+        return await self.sh("", bundle(), tuple(start_command("rewriter", *words)))
 
     async def prepare(self) -> None:
         """Give both folders to the guest."""
@@ -263,7 +263,7 @@ async def test_synced_data_is_there_after_qemu_was_killed(vm: Frozen) -> None:
     await vm.host.command("down", _NAME)
     for path in files:
         if path.name.startswith("root"):
-            check = ["qemu-img", "check", "-q", "-f", "qcow2", path]
+            check: list[str | Path] = ["qemu-img", "check", "-q", "-f", "qcow2", path]
             done = await asyncio.to_thread(subprocess.run, check, capture_output=True, text=True)
             # 3: clusters that nobody refers to, as every qcow2 file has whose writer was killed.
             assert done.returncode in (0, 3), done

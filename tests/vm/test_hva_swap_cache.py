@@ -13,7 +13,7 @@ from hva_host.agent import chain_keeper
 from hvaqemu.config import FREEZE_AFTER_MIN, FreezeConfig
 from hvaqemu.pages import PAGE_SIZE, STATE_MASK, PageAttribute, PageState
 from hvaqemu.units import GiB, MiB
-from tests.vm.harness import BOTH, GUEST_PROGRAMS, VOLATILE, Guest, running_guest, until
+from tests.vm.harness import BOTH, VOLATILE, Guest, running_guest, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
@@ -23,7 +23,6 @@ _SWAP = 512 * MiB
 _HELD_MIB = 90
 _STORM_MIB = 100
 _SECONDS = 8
-_SWAPPER = GUEST_PROGRAMS / "swapper.py"
 _READY, _GO = "/run/swapper.ready", "/run/swapper.go"
 
 
@@ -50,7 +49,7 @@ async def test_the_guest_swaps_to_the_disk_of_its_config(guest: Guest) -> None:
 
 
 async def test_swap_cache_is_discarded_against_the_frozen_swap_layer(guest: Guest) -> None:
-    held = asyncio.create_task(guest.python(_SWAPPER, "hold", _HELD_MIB, _READY, _GO, timeout=300))
+    held = asyncio.create_task(guest.program("swapper", "hold", _HELD_MIB, _READY, _GO, timeout=300))
     async with asyncio.timeout(240):
         while (await guest.run(f"test -e {_READY} && echo there || :")) == "":
             assert not held.done(), held.result()
@@ -83,7 +82,7 @@ async def test_a_swap_storm_beside_freezes_merges_and_reclaims_loses_nothing(
     monkeypatch.setattr(guest.vm.disks, "_config", often)
     monkeypatch.setattr(chain_keeper, "_LOOK_SECONDS", 0.2)
     before = guest.heard("FROZEN")
-    storm = asyncio.create_task(guest.python(_SWAPPER, "storm", _STORM_MIB, _SECONDS, timeout=400))
+    storm = asyncio.create_task(guest.program("swapper", "storm", _STORM_MIB, _SECONDS, timeout=400))
     swapped = 0
     while not storm.done():
         swapped += (await guest.epoch(*BOTH)).discarded_swap_cache

@@ -11,7 +11,7 @@ import xxhash
 
 from benchmarks.figure import Figure, seconds, show
 from hva_host.memory.native import equal_pages, fingerprints, zero_pages
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hvaqemu.pages import PAGE_SIZE
 from tests.kernel.harness import Guest, make_layer
 

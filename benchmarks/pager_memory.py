@@ -15,7 +15,7 @@ from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
 from hva_host.memory.ledger import LEDGER_NAME
 from hva_host.pager.coldness import SHARES, WATCHED_SECONDS
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hva_host.pager.process_files import descriptors
 from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.units import GiB, MiB

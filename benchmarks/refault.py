@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.figure import Figure, median_us, show
 from hva_host.memory.ledger import Counter
 from hva_host.memory.userfaultfd import Fault, Fill
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hva_host.pager.ram import PageBuffer
 from hvaqemu.pages import PAGE_SHIFT, Run
 from tests.kernel.harness import Guest, block, make_layer

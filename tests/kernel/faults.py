@@ -19,7 +19,7 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.faultpoints import VARIABLE
 from hvaqemu.pages import Run

@@ -17,8 +17,9 @@ import numpy as np
 from hva_host.memory.index import build_index
 from hva_host.memory.layers import Layer, open_layer
 from hva_host.pager.attach import attach
-from hva_host.pager.epoch import Epoch, Member
+from hva_host.pager.epoch import Epoch
 from hva_host.pager.fetch import Fetcher
+from hva_host.pager.membership import Member
 from hva_host.pager.preserve import Preserver
 from hva_host.pager.process_files import descriptors
 from hva_host.pager.prove import Prover

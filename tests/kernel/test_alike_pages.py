@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hvaqemu.pages import Residence
 from tests.kernel.harness import Guest, block, crc, make_layer
 

@@ -12,7 +12,7 @@ import pytest
 
 from hva_host.memory.ledger import ZERO_ENTRY, Ledger
 from hva_host.pager.attach import attach
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hva_host.pager.refusals import pinned_by
 from hva_host.pager.sources import Sources
 from hvaqemu.errors import HvaError, PeerLost, RefusedError

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from hva_host.pager import epoch as epoch_module
-from hva_host.pager.epoch import Epoch, Member, Phase, Step
+from hva_host.pager import protection
+from hva_host.pager.epoch import Epoch, Phase, Step
+from hva_host.pager.membership import Member
 from hvaqemu.pages import Residence, Run
 from tests.kernel.harness import PAGES, ZERO, Guest, block, crc, make_layer
 
@@ -172,9 +173,23 @@ def test_an_epoch_over_a_part_leaves_the_others_alone(guest: Guest, tmp_path: Pa
             Epoch(guest.ram, guest.prover, np.zeros(pages, dtype=np.uint8), 1.0, first)
 
 
+def test_an_epoch_abandoned_while_it_still_chooses_discards_nothing(guest: Guest) -> None:
+    for pfn in range(PAGES):
+        guest.fill(pfn, ZERO)
+    epoch = guest.begin(dict.fromkeys(range(PAGES), Member.SIFT))
+    steps = epoch.steps()
+    until(steps, epoch, Phase.SIFTING)
+    epoch.abandon("for a test")
+    for _ in steps:
+        pass
+    assert epoch.note == "for a test"
+    assert epoch.phase is Phase.DONE
+    assert kinds(guest) == [Residence.RESIDENT] * PAGES
+
+
 def test_what_the_deadline_leaves_unprotected_is_left_alone(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every protection takes longer than the epoch may; each other page is a run of its own."""
-    monkeypatch.setattr(epoch_module, "_SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(protection, "_SLICE_SECONDS", -1.0)
     for pfn in range(PAGES):
         guest.fill(pfn, ZERO)
     epoch = guest.begin(dict.fromkeys(range(0, PAGES, 2), Member.COPY), seconds=-1.0)
@@ -256,7 +271,7 @@ def test_no_interleaving_changes_a_byte_that_matters(
         guest.ram.add_layer(make_layer(tmp_path_factory.mktemp("layer"), [block(i) for i in range(16)]))
     monkeypatch.setattr(guest.prover, "pages", slice_pages)
     monkeypatch.setattr("hva_host.pager.epoch._DISCARD_PAGES", slice_pages)
-    monkeypatch.setattr("hva_host.pager.epoch._SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("hva_host.pager.protection._SLICE_SECONDS", 0.0)
     monkeypatch.setattr("hva_host.pager.epoch.SLICE_PAGES", min(slice_pages, 32))
     monkeypatch.setattr("hva_host.pager.coldness.SHARES", (1.0,))
     monkeypatch.setattr("hva_host.pager.coldness.HOT", 1e9)

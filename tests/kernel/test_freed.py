@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from hva_host.memory.layers import Layer, NotCached
 from hva_host.memory.ledger import Counter
-from hva_host.pager.epoch import Epoch, Member, Phase, Step
+from hva_host.pager.epoch import Epoch, Phase, Step
+from hva_host.pager.membership import Member
 from hva_host.pager.restore import restore
 from hvaqemu.pages import Residence, Run
 from tests.kernel.harness import PAGE, PAGES, ZERO, Guest, block, crc, make_layer

@@ -16,7 +16,7 @@ import pytest
 from hva_host.agent.epochs import EpochDriver
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hvaqemu.errors import HvaError, LaunchError, RefusedError
 from tests.kernel.harness import PAGE, Vcpu, block, crc, write_layer
 

@@ -13,7 +13,7 @@ import pytest
 from hva_host.agent.pager_process import call
 from hva_host.memory.backing import Backing
 from hva_host.pager.coldness import WATCHED_SECONDS
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hva_host.pager.process_files import descriptors
 from hva_host.pager.restore import restore
 from hvaqemu.pages import PAGE_SIZE, Residence

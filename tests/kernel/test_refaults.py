@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from hva_host.memory.ledger import ZERO_ENTRY, layer_entry
-from hva_host.pager.epoch import Member
 from hva_host.pager.fetch import Fetched
+from hva_host.pager.membership import Member
 from hvaqemu.pages import Run
 from tests.kernel.harness import PAGE, ZERO, Guest, block, crc, make_layer
 

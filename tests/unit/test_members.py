@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hva_host.agent.members import members
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hvaqemu.pages import PageAttribute, PageState
 from hvaqemu.scenario_config import ReclaimState
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hva_host.agent.members import in_turn, members
-from hva_host.pager.epoch import SWAP_CACHE, Member
+from hva_host.pager.membership import SWAP_CACHE, Member
 from hva_host.pager.messages import HEADER_MAX, MessageDecoder, encode
 from hva_host.pager.stalls import Stalls
 from hvaqemu.errors import ProtocolError

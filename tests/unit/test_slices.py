@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hva_host.agent.slices import Slices
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 
 _LIMIT = 2.0
 _PAGES = 1 << 22

@@ -21,7 +21,8 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.members import members
 from hva_host.agent.model import EpochStats
 from hva_host.agent.pager_link import PagerLink
-from hva_host.pager.epoch import CONFIRM_ROUNDS, Member
+from hva_host.pager.epoch import CONFIRM_ROUNDS
+from hva_host.pager.membership import Member
 from hvaqemu.image_config import ImageConfig
 from hvaqemu.pages import PAGE_SIZE, STATE_MASK, PageState, Run
 from hvaqemu.scenario_config import ReclaimState

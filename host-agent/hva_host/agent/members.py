@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hva_host.pager.epoch import SWAP_CACHE, Member
+from hva_host.pager.membership import SWAP_CACHE, Member
 from hvaqemu.pages import STATE_MASK, PageAttribute, PageState
 from hvaqemu.scenario_config import ReclaimState
 

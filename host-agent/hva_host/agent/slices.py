@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from hva_host.pager.epoch import Member
+from hva_host.pager.membership import Member
 from hvaqemu.pages import Run
 
 #: What a page costs, in the time the guest takes to scan one twice: comparing a member takes about three times as long.

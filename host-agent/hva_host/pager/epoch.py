@@ -7,7 +7,7 @@ The rules, and what in here keeps them:
 * STABLE pages go with the bytes that were read, under that same protection, for the store.
 * Where a disk does direct I/O, bytes may still come past the protection until that was drained: nothing is compared
   before somebody said, answering an identifier made after protection, that it was (:meth:`Epoch.drained`).
-* Only pages present after protecting are candidates: :meth:`Epoch._drop_absent`.
+* Only pages present after protecting are candidates: :meth:`hva_host.pager.protection.Protection.protect`.
 * Any event on a page takes it out before it is answered: whoever answers calls :meth:`Epoch.leave` first. Whoever
   answers is the thread that runs :meth:`Epoch.steps`, which discards without giving way between looking at the
   membership and punching, so there is no moment between "still in" and "punched".
@@ -23,53 +23,30 @@ import enum
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hva_host.memory.ledger import ZERO_ENTRY, Counter, preserved_of
-from hva_host.memory.runs import runs_of, runs_of_pfns
+from hva_host.memory.runs import runs_of_pfns
 from hva_host.pager.freed import Freed
+from hva_host.pager.membership import SWAP_CACHE, Member, Membership
 from hva_host.pager.preserve import SLICE_PAGES, Preserver
+from hva_host.pager.protection import Protection
 from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
 from hvaqemu.faultpoints import reach
-from hvaqemu.pages import Run
 
 IDENTIFIER_BYTES = 16
 CONFIRM_ROUNDS = 2
 
-#: How long a step may go on before faults are looked at again, in seconds.
-_SLICE_SECONDS = 0.001
 _DISCARD_PAGES = 2048
 _NOT_CACHED_PASSES = 3
 _COUNTS = (
     *("candidates", "proven", "touched", "unmatched", "unconfirmed", "unpreserved"),
     *("discarded_zero", "discarded_layer", "discarded_store", "discarded_swap_cache", "freed", "later", "resting"),
 )
-
-
-class Member(enum.IntEnum):
-    """What an epoch has a page for; one byte a page."""
-
-    OUT = 0
-    #: Discard if its bytes are zeros or in a layer.
-    COPY = 1
-    #: Discard if the guest confirms it free. A LAYER page becomes ZERO.
-    UNUSED = 2
-    #: Not worth protecting unless a look without protection finds all zeros: then a COPY.
-    SIFT = 3
-    #: Discard if its bytes are zeros or in a layer, else page out; SIFT where it is not known to be cold.
-    STABLE = 4
-    #: The same; COPY where it is not known to be cold.
-    COPY_OR_STABLE = 5
-    #: A STABLE page that is no copy. An epoch's own finding: nobody asks for it.
-    NO_COPY = 6
-
-
-#: Added to a :class:`Member`: the guest says that it is a page of its swap cache. Counted, and nothing else.
-SWAP_CACHE = 0x80
 
 
 class Phase(enum.StrEnum):
@@ -137,22 +114,21 @@ class Epoch:
         self._prover = prover
         self._preserver = preserver
         self._draining = drain
-        self._first = first
-        self._stop = first + len(wanted)
         self._freed = Freed(ram, wanted == Member.UNUSED, first)
+        self._first = first
         #: By pfn - first.
         self._swap_cache = (wanted & SWAP_CACHE) != 0
-        wanted = wanted & np.uint8(~SWAP_CACHE & 0xFF)
-        self._members = np.where(ram.ledger.entries[first : self._stop] == 0, wanted, np.uint8(Member.OUT))
-        self._protected: list[Run] = []
+        resident = ram.ledger.entries[first : first + len(wanted)] == 0
+        self._members = Membership(np.where(resident, wanted & ~np.uint8(SWAP_CACHE), np.uint8(Member.OUT)), first)
+        self._abandoned = False
+        self._protection = Protection(ram, self._members, first + len(wanted))
         self._confirmed: dict[int, NDArray[np.bool_]] = {}
 
     def leave(self, start: int, stop: int) -> None:
         """Take pfns ``[start, stop)`` out. To be called before anything that happened to them is answered."""
-        part = self._members[max(start - self._first, 0) : max(stop - self._first, 0)]
+        touched = self._members.take_out(start, stop)
         if self.phase is not Phase.SIFTING:
-            self.counts["touched"] += int(np.count_nonzero(part))
-        part[:] = Member.OUT
+            self.counts["touched"] += touched
         self._freed.leave(start, stop)
 
     def confirm(self, identifier: bytes, number: int, free: NDArray[np.bool_]) -> bool:
@@ -163,7 +139,7 @@ class Epoch:
         """
         if self.phase is Phase.DONE or not self.identifier or identifier != self.identifier:
             return False
-        if not 1 <= number <= CONFIRM_ROUNDS or number in self._confirmed or free.shape != self._members.shape:
+        if not 1 <= number <= CONFIRM_ROUNDS or number in self._confirmed or free.shape != (self.pages,):
             return False
         self._confirmed[number] = free
         return True
@@ -171,7 +147,7 @@ class Epoch:
     @property
     def pages(self) -> int:
         """How many pages the epoch was begun over."""
-        return len(self._members)
+        return self._members.pages
 
     def drained(self, identifier: bytes) -> bool:
         """No I/O that began before protection is under way any more; answers whether that was waited for."""
@@ -182,15 +158,16 @@ class Epoch:
 
     def wants_drain(self) -> bool:
         """Is :meth:`drained` waited for?"""
-        return self._draining and len(self._with(Member.COPY, Member.STABLE)) > 0
+        return self._draining and (self._members.has(Member.COPY) or self._members.has(Member.STABLE))
 
     def wants_confirmation(self) -> bool:
         """Is there an UNUSED candidate?"""
-        return bool(self._freed) or bool(np.any(self._members == Member.UNUSED))
+        return bool(self._freed) or self._members.has(Member.UNUSED)
 
     def abandon(self, why: str) -> None:
         """Stop discarding; :meth:`steps` goes on to unprotect."""
         self.note = self.note or why
+        self._abandoned = True
         self._give_up(Member.COPY, "unmatched")
         self._give_up(Member.STABLE, "unpreserved")
         self._give_up(Member.NO_COPY, "unpreserved")
@@ -207,6 +184,9 @@ class Epoch:
             yield from self._choose_stable()
             yield from self._sift()
             reach("pager.epoch.sifted")
+            if self._abandoned:
+                # Meanwhile, what was still being chosen from was no member yet.
+                self._members.clear()
             began = time.monotonic()
             self._deadline = began + self._limit
             yield from self._timed("protect", self._protect())
@@ -227,7 +207,7 @@ class Epoch:
         except OSError as error:
             # The host has no memory for page tables or for punching: what is done is done right, the rest stays.
             self.abandon(f"abandoned while {self.phase}: {error.strerror or error}")
-        self._members[:] = Member.OUT
+        self._members.clear()
         yield from self._timed("protect", self._unprotect())
         self.protected_seconds = time.monotonic() - began
         yield from self._timed("discard", self._turn_freed())
@@ -248,57 +228,30 @@ class Epoch:
 
     def _choose_stable(self) -> Iterator[Step]:
         """Leave in what is worth paging out now; the rest is what it would be if nobody had asked for STABLE."""
-        stable, either = self._with(Member.STABLE), self._with(Member.COPY_OR_STABLE)
-        self._set(stable, Member.SIFT)
-        self._set(either, Member.COPY)
+        stable, either = self._members.of(Member.STABLE), self._members.of(Member.COPY_OR_STABLE)
+        self._members.set(stable, Member.SIFT)
+        self._members.set(either, Member.COPY)
         if self._preserver is None or not len(stable) + len(either):
             return
         for choice in self._preserver.choose(np.sort(np.concatenate([stable, either]))):
-            self._set(choice.pfns, Member.STABLE)
+            self._members.set(choice.pfns, Member.STABLE)
             self.counts["later"] += choice.later
             self.counts["resting"] += choice.resting
             yield Step.WORK
 
     def _sift(self) -> Iterator[Step]:
-        pfns = self._with(Member.SIFT)
-        self._set(pfns, Member.OUT)
+        pfns = self._members.of(Member.SIFT)
+        self._members.set(pfns, Member.OUT)
         for chunk in _chunks(pfns, self._prover.pages):
             promising = chunk[self._prover.look_zero(chunk)]
-            self._set(promising, Member.COPY)
+            self._members.set(promising, Member.COPY)
             yield Step.WORK
 
     def _protect(self) -> Iterator[Step]:
         self.phase = Phase.PROTECTING
-        until = time.monotonic() + _SLICE_SECONDS
-        for part in runs_of(self._members != Member.OUT):
-            run = Run(self._first + part.start, part.pages)
-            # Noted first: a protection that fails half-way has protected some of the run.
-            self._protected.append(run)
-            self._ram.protect(run)
-            reach("pager.epoch.protecting")
-            if time.monotonic() > until:
-                yield Step.WORK
-                until = time.monotonic() + _SLICE_SECONDS
-                if self._late("the deadline came before all pages were protected"):
-                    # What is not protected must not be proven.
-                    self._members[run.stop - self._first :] = Member.OUT
-                    break
-        yield from self._drop_absent()
-        self.counts["candidates"] = int(np.count_nonzero(self._members)) + self.counts["touched"]
-
-    def _drop_absent(self) -> Iterator[Step]:
-        """Only what is present now, after protecting, stays: what comes later was filled by a fault, and so left."""
-        if not self._protected:
-            return
-        position, stop = self._protected[0].start, self._protected[-1].stop
-        until = time.monotonic() + _SLICE_SECONDS
-        for run in self._ram.backing.present_runs(position, stop):
-            self._members[position - self._first : run.start - self._first] = Member.OUT
-            position = run.stop
-            if time.monotonic() > until:
-                yield Step.WORK
-                until = time.monotonic() + _SLICE_SECONDS
-        self._members[position - self._first : stop - self._first] = Member.OUT
+        for _ in self._protection.protect(lambda: self._late("the deadline came before all pages were protected")):
+            yield Step.WORK
+        self.counts["candidates"] = self._members.count() + self.counts["touched"]
 
     def _await_drain(self) -> Iterator[Step]:
         while self.wants_drain():
@@ -312,12 +265,12 @@ class Epoch:
     def _prove_copies(self) -> Iterator[Step]:
         self.phase = Phase.PROVING
         for _ in range(_NOT_CACHED_PASSES):
-            pfns = self._with(Member.COPY, Member.STABLE)
+            pfns = self._members.of(Member.COPY, Member.STABLE)
             if not len(pfns):
                 break
             waited = False
             for chunk in _chunks(pfns, self._prover.pages):
-                chunk = self._still(chunk, Member.COPY, Member.STABLE)
+                chunk = self._members.still(chunk, Member.COPY, Member.STABLE)
                 waited |= self._prove_chunk(chunk)
                 yield Step.WORK
                 if self._late("the deadline came before all copies were compared"):
@@ -329,7 +282,7 @@ class Epoch:
                 break
             yield Step.DISK
         self._give_up(Member.COPY, "unmatched")
-        self._set(self._with(Member.STABLE), Member.NO_COPY)
+        self._members.set(self._members.of(Member.STABLE), Member.NO_COPY)
 
     def _prove_chunk(self, pfns: NDArray[np.int64]) -> bool:
         """Discard what of ``pfns`` is proven; answers whether some must wait for the disk."""
@@ -341,20 +294,20 @@ class Epoch:
         # No event was answered since the membership was looked at: all of these are still in.
         self._discard(pfns[proven], entries[proven])
         unmatched = pfns[~proven & ~postponed]
-        stable = self._still(unmatched, Member.STABLE)
+        stable = self._members.still(unmatched, Member.STABLE)
         self.counts["unmatched"] += len(unmatched) - len(stable)
-        self._set(pfns[~postponed], Member.OUT)
-        self._set(stable, Member.NO_COPY)
+        self._members.set(pfns[~postponed], Member.OUT)
+        self._members.set(stable, Member.NO_COPY)
         return bool(np.any(postponed))
 
     def _preserve(self) -> Iterator[Step]:
-        pfns = self._with(Member.NO_COPY)
+        pfns = self._members.of(Member.NO_COPY)
         if self._preserver is None or not len(pfns):
             return
         self.phase = Phase.PRESERVING
         self._preserver.begin()
         for chunk in _chunks(pfns, SLICE_PAGES):
-            if self._preserve_chunk(self._preserver, self._still(chunk, Member.NO_COPY)):
+            if self._preserve_chunk(self._preserver, self._members.still(chunk, Member.NO_COPY)):
                 break
             yield Step.WORK
             if self._late("the deadline came before all stable pages were compressed"):
@@ -371,7 +324,7 @@ class Epoch:
         # No event was answered since the membership was looked at: all of these are still in, with these bytes.
         self._discard(pfns[stored], entries[stored])
         preserver.coldness.went(pfns[stored])
-        self._set(pfns[stored], Member.OUT)
+        self._members.set(pfns[stored], Member.OUT)
         if full:
             self.note = self.note or full
             self.counts["later"] = 0
@@ -390,11 +343,10 @@ class Epoch:
         self.phase = Phase.DISCARDING
         if len(self._confirmed) == CONFIRM_ROUNDS:
             free = np.logical_and.reduce(list(self._confirmed.values()))
-            confirmed = self._first + np.flatnonzero(free & (self._members == Member.UNUSED))
-            for chunk in _chunks(confirmed, _DISCARD_PAGES):
-                chunk = self._still(chunk, Member.UNUSED)
+            for chunk in _chunks(self._members.chosen(free, Member.UNUSED), _DISCARD_PAGES):
+                chunk = self._members.still(chunk, Member.UNUSED)
                 self._discard(chunk, np.full(len(chunk), ZERO_ENTRY, dtype=np.uint64))
-                self._set(chunk, Member.OUT)
+                self._members.set(chunk, Member.OUT)
                 yield Step.WORK
                 if self._late("the deadline came before all free pages were discarded"):
                     break
@@ -427,36 +379,15 @@ class Epoch:
         self.counts["discarded_swap_cache"] += int(np.count_nonzero(self._swap_cache[pfns - self._first]))
 
     def _give_up(self, member: Member, count: str) -> None:
-        self._give_up_pages(self._with(member), count)
+        self._give_up_pages(self._members.of(member), count)
 
     def _give_up_pages(self, pfns: NDArray[np.int64], count: str) -> None:
-        self._set(pfns, Member.OUT)
+        self._members.set(pfns, Member.OUT)
         self.counts[count] += len(pfns)
 
-    def _with(self, *members: Member) -> NDArray[np.int64]:
-        """The pfns the epoch has for one of these."""
-        return np.flatnonzero(_is_one_of(self._members, members)) + self._first
-
-    def _still(self, pfns: NDArray[np.int64], *members: Member) -> NDArray[np.int64]:
-        """Those of ``pfns`` the epoch still has for one of these."""
-        found: NDArray[np.int64] = pfns[_is_one_of(self._members[pfns - self._first], members)]
-        return found
-
-    def _set(self, pfns: NDArray[np.int64], member: Member) -> None:
-        self._members[pfns - self._first] = member
-
     def _unprotect(self) -> Iterator[Step]:
-        until = time.monotonic() + _SLICE_SECONDS
-        for run in self._protected:
-            self._ram.unprotect(run)
-            reach("pager.epoch.unprotecting")
-            if time.monotonic() > until:
-                yield Step.WORK
-                until = time.monotonic() + _SLICE_SECONDS
-
-
-def _is_one_of(found: NDArray[np.uint8], members: Sequence[Member]) -> NDArray[np.bool_]:
-    return np.asarray(np.logical_or.reduce([found == member for member in members]), dtype=np.bool_)
+        for _ in self._protection.unprotect():
+            yield Step.WORK
 
 
 def _chunks(pfns: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

@@ -176,6 +176,8 @@ def _what(complaint: Mapping[str, Any]) -> str:
         return "is not a known key"
     if kind == "missing":
         return "is missing"
+    if kind == "model_type":
+        return f"should have keys of its own, not be {_kind(complaint.get('input'))}"
     message = " ".join(str(complaint["msg"]).split())
     if kind == "value_error":
         return message.removeprefix("Value error, ")

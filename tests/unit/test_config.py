@@ -160,6 +160,8 @@ def test_image_by_path_is_relative_to_the_file(tmp_path: Path) -> None:
         (VM + "protection_limit: 1ms\n", "vm.yaml:3: key protection_limit: must be at least 50ms: two scans"),
         (VM + "boot_timeout: soon\n", "vm.yaml:3: key boot_timeout: 'soon' is not a duration"),
         (VM + "image: 5\n", "vm.yaml:3: key image: must be the name of an image"),
+        (VM + "store: 12M\n", "vm.yaml:3: key store: should have keys of its own, not be '12M'"),
+        (VM + "freeze:\n", "vm.yaml:3: key freeze: should have keys of its own, not be nothing"),
         (VM + "image: {name: x, pkgs: []}\n", "vm.yaml:3: key image.pkgs: is not a known key"),
         (VM + "image: {name: x, size: 100}\n", "vm.yaml:3: key image.size: must be between 64M and 4T"),
         (VM + "image: {name: x, packages: ['-o']}\n", "vm.yaml:3: key image.packages[0]: '-o' is not the name of"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from hva_host.agent.hold import Hold
 from hva_host.agent.model import VmState
-from hvaqemu.errors import RefusedError
+from hvaqemu.errors import PeerLost, RefusedError
 from hvaqemu.qemu import logs
 from hvaqemu.qemu.events import GuestPanicked, QmpEvent, Reset, Resume, Shutdown, Stop
 from hvaqemu.qemu.qmp import RunStatus
@@ -51,10 +51,19 @@ class Condition:
         return self._hold.reason if self.state is VmState.HELD else self._reason
 
     def refuse_when_still(self) -> None:
-        """:raise RefusedError: the guest will never answer, or not before its operator did something."""
+        """
+        :raise RefusedError: the guest will never answer, or not before its operator did something.
+        :raise PeerLost: QEMU has ended.
+        """
         self._hold.refuse(self._name)
+        self.refuse_when_gone()
         if self._state is VmState.PANICKED:
             raise RefusedError(f"VM {self._name}: {self._reason}", f"see 'hvaqemu console {self._name}'")
+
+    def refuse_when_gone(self) -> None:
+        """:raise PeerLost: QEMU has ended."""
+        if self._state is VmState.GONE:
+            raise PeerLost(f"VM {self._name} has ended: {self._reason}", f"'hvaqemu down {self._name}' clears it away")
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""

@@ -254,6 +254,7 @@ class Vm:
         :raise RefusedError: something runs or is attached that makes discarding unsafe.
         :raise HvaError: a peer went or was silent.
         """
+        self._condition.refuse_when_gone()
         self._hold.refuse(self.name)
         return await self.reclaimer.reclaim(states, epochs, on_epoch)
 
@@ -276,6 +277,7 @@ class Vm:
 
         :raise HvaError: as :meth:`ChainKeeper.freeze`.
         """
+        self._condition.refuse_when_gone()
         return await self.disks.freeze(disk)
 
     async def merge(self, disk: str | None) -> list[str]:
@@ -283,6 +285,7 @@ class Vm:
 
         :raise HvaError: as :meth:`ChainKeeper.merge`.
         """
+        self._condition.refuse_when_gone()
         return await self.disks.merge(disk)
 
     async def restore(self) -> int:
@@ -291,6 +294,7 @@ class Vm:
         :raise RefusedError: the host has no room for them, or pages are held.
         :raise HvaError: a peer went or was silent.
         """
+        self._condition.refuse_when_gone()
         self._hold.refuse(self.name)
         async with self.reclaimer.exclusive:
             wanted, available = await self._room_needed()
@@ -340,6 +344,7 @@ class Vm:
         :raise RefusedError: it would make discarding unsafe, or the VM is held.
         :raise HvaError: QEMU refused, went, or did not answer within ``timeout`` seconds.
         """
+        self._condition.refuse_when_gone()
         if not command.startswith("query-"):
             self._hold.refuse(self.name)
         try:

@@ -102,8 +102,12 @@ class Refaults:
             # Resident pages are passed over, and so are pages never touched: they are left to whoever touches them.
             discarded = np.flatnonzero(self._ram.ledger.entries[ahead.next : ahead.stop])
             start = ahead.next + int(discarded[0]) if len(discarded) else ahead.stop
-            filled = self.fill(start, min(AROUND, ahead.stop - start)) if start < ahead.stop else 0
-            self._streams.filled(ahead, start + filled)
+            if ahead.mark <= start < ahead.stop:
+                self._streams.left_out(ahead, start)
+            else:
+                stop = min(ahead.stop, ahead.mark if start < ahead.mark else ahead.stop)
+                filled = self.fill(start, min(AROUND, stop - start)) if start < stop else 0
+                self._streams.filled(ahead, start + filled)
         return self._streams.reading_ahead
 
     def fill(self, pfn: int, length: int) -> int:

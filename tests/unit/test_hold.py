@@ -9,7 +9,7 @@ import pytest
 
 from hva_host.agent.hold import Hold, describe
 from hva_host.agent.model import HeldPages
-from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
+from hvaqemu.errors import DeadlineExceeded, HostError, PeerLost, RefusedError
 from hvaqemu.qemu.qmp import QmpLink, RunStatus
 
 _HELD = HeldPages(layer="/base.raw", pages=[7, 8, 9, 10, 11, 12], reason="block 5 has changed")
@@ -238,6 +238,24 @@ async def test_cancelled_the_guest_goes_on_all_the_same() -> None:
         await draining
     assert held.recorded == [True, False]
     assert held.monitor.running
+
+
+async def test_what_can_not_be_recorded_is_not_paused() -> None:
+    monitor = Monitor()
+
+    def no_room(_ours: bool) -> None:
+        raise HostError("vm.json: No space left on device")
+
+    hold = Hold(False, no_room)
+    qmp = cast(QmpLink, monitor)
+    with pytest.raises(HostError, match="No space left"):
+        await hold.drain(qmp)
+    hold.begin([_HELD], qmp)
+    await settle()
+    hold.end()
+    await hold.let_go(qmp)
+    assert monitor.said == []
+    assert monitor.running
 
 
 async def test_pages_held_while_it_is_drained_keep_the_pause() -> None:

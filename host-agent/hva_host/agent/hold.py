@@ -29,7 +29,8 @@ class Hold:
     """One VM's hold, begun and ended as often as needed.
 
     :param paused: a host agent before us has stopped the guest for a hold.
-    :param record: called before ``stop`` is sent, and after ``cont`` was: is the guest's pause ours?
+    :param record: called before ``stop`` is sent, and after ``cont`` was: is the guest's pause ours? Where it can not
+        be recorded that it is, it raises HvaError, and nothing is paused.
     :ivar pages: what is held, as the pager says it.
     :ivar pausing: held while one looks whether the guest runs, and then stops it: by us, or by an operator through us.
     :ivar draining: the guest is paused, and let go on, for a moment: nobody need hear of it.

@@ -407,7 +407,11 @@ class Vm:
             await call(self.pager, "abandon")
 
     def _record_pause(self, ours: bool) -> None:
-        self._store(paused_for_hold=ours)
+        if ours:
+            # What is not recorded must not be paused: a host agent that died then would leave it paused for ever.
+            self.store(paused_for_hold=True)
+        else:
+            self._store(paused_for_hold=False)
 
     def _store(self, **changes: Any) -> None:
         self.record = self.record.model_copy(update=changes)

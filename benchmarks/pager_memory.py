@@ -78,6 +78,7 @@ async def _work(child: Vcpu, pager: PagerHandle, driver: EpochDriver) -> None:
     for _ in range(2):
         for _ in SHARES:
             await driver.transact(pager.link, wanted, 60.0)
+            # Only a sample that was watched for so long is followed by more.
             await asyncio.sleep(WATCHED_SECONDS)
         totals = await call(pager, "status")
         if totals["preserved_pages"] < COLD_PAGES // 2:

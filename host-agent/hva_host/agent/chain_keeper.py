@@ -108,6 +108,7 @@ class ChainKeeper:
                 except HvaError as error:
                     retry_at = now + _RETRY_SECONDS
                     self._disks.tell("FREEZE_FAILED", {"error": str(error)})
+            # What a guest writes to its disk is told by nobody.
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _names(self, disk: str | None) -> list[str]:

@@ -59,6 +59,7 @@ class DiscardedList:
             self._due.clear()
             with suppress(HvaError):
                 await self.tell()
+            # However often epochs end.
             await asyncio.sleep(EVERY_SECONDS)
 
     async def tell(self) -> None:

@@ -136,6 +136,7 @@ class LayerBook:
             except PeerLost as error:
                 if time.monotonic() > until:
                     raise DeadlineExceeded(f"pager {command}: no pager for {_PAGER_SECONDS:.0f} s") from error
+                # Its keeper (hva_host.agent.pager_keeper) is at it, and has others to tell.
                 await asyncio.sleep(_RETRY_SECONDS)
 
     def _progress(self, image: Path) -> Callable[[int, int], None]:

@@ -162,6 +162,7 @@ async def _wait(disks: Disks, wanted: Merge) -> None:
         elif time.monotonic() - since > _STUCK_SECONDS:
             await _cancel(disks, wanted)
             raise DeadlineExceeded(f"disk {wanted.disk}: the merge moved nothing for {_STUCK_SECONDS:.0f} s")
+        # QEMU tells of a job's states, not of how far it has come.
         await asyncio.sleep(_POLL_SECONDS)
 
 
@@ -181,6 +182,7 @@ async def _cancel(disks: Disks, wanted: Merge) -> None:
         if job["status"] == "concluded":
             await disks.qmp().execute("job-dismiss", {"id": _job_id(wanted)})
             return
+        # As in _wait, whose job this was: an event may have gone to a host agent before us.
         await asyncio.sleep(_POLL_SECONDS)
 
 

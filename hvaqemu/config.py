@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     RootModel,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -23,13 +24,17 @@ from pydantic import (
 from hvaqemu import strict_yaml
 from hvaqemu.fields import Config, Count, Flag, HostPath, Location, Name, Seconds, Size, Text, absolute, complain
 from hvaqemu.image_config import DEFAULT_IMAGE, ImageConfig
+from hvaqemu.network_config import Network, UserNetwork
 from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.qemu import user_args
 from hvaqemu.qemu.profile import PROFILES, MachineProfile
+from hvaqemu.reclaim_config import DEFAULTS_KEY, ReclaimConfig, ReclaimMode, over
 from hvaqemu.units import GiB, MiB, format_size
 
 FREEZE_AFTER_MIN = 16 * MiB
 SWAP_MIN = 16 * MiB
+#: Well within QEMU's own bounds, 1 MiB and 2 GiB (7.2, tcg/region.c).
+TRANSLATION_MIN, TRANSLATION_MAX = 4 * MiB, GiB
 
 PROTECTION_LEAST = 0.05
 
@@ -57,6 +62,16 @@ class ExtraDisk(Config):
     read_only: Flag = False
     #: Past the host's page cache (QEMU's cache.direct=on).
     direct: Flag = False
+    #: Whether pages may depend on it; None: if it is a file that the guest only reads.
+    layer: Flag | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.layer and not self.read_only:
+            complain((("layer",), "a disk that is written changes, and is no layer; set read_only: true"))
+        if self.layer and self.direct:
+            complain((("layer",), "a disk with direct I/O is no layer; set direct: false"))
+        return self
 
 
 class StoreConfig(Config):
@@ -64,6 +79,17 @@ class StoreConfig(Config):
 
     #: Bytes it may occupy; None: a quarter of the VM's memory.
     limit: Size | None = None
+    #: A folder on whose disk it is, in a file without a name that goes with the VM; None: it is in the host's memory.
+    folder: HostPath | None = None
+
+
+class BalloonConfig(Config):
+    """What the guest's balloon does by itself; QMP can change its size in any case."""
+
+    #: A guest that would otherwise kill a process takes memory back.
+    deflate_on_oom: Flag = False
+    #: The guest tells QEMU of free pages, and QEMU discards them. Then hvaqemu discards nothing of this VM, ever.
+    free_page_reporting: Flag = False
 
 
 def _long_enough(seconds: float) -> float:
@@ -84,6 +110,8 @@ class FreezeConfig(Config):
     #: Frozen files of a disk; beyond that they are merged. Each costs a look for every cluster a guest reads, a
     #: descriptor in QEMU and a slot in the ledger, which has 63 for all disks and for merged files in use.
     depth: Annotated[int, Field(strict=True, ge=1, le=16)] = 8
+    #: Seconds; a merge that moves nothing for so long is taken back.
+    patience: Seconds = 60.0
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -120,8 +148,14 @@ class VmConfig(Config):
     #: Bytes of a disk for the guest to swap to; None: no such disk.
     swap: Size | None = None
     freeze: FreezeConfig = FreezeConfig()
+    balloon: BalloonConfig = BalloonConfig()
+    reclaim: ReclaimConfig = ReclaimConfig()
     #: Whether what the guest wrote to its root disk outlives the VM; the next one of that name boots from it.
     keep_disks: Flag = False
+    #: Bytes of QEMU's memory for translated guest code; None: the machine profile's.
+    translation_buffer: Size | None = None
+    #: The one network device, if any; needs no privilege by default.
+    network: Network = UserNetwork()
     #: Put behind the image's own on the guest kernel's command line.
     kernel_args: Annotated[str, AfterValidator(_without_line_ends)] = ""
     #: Put behind QEMU's own arguments; what would be unsafe is refused here.
@@ -138,12 +172,26 @@ class VmConfig(Config):
         return PROFILES[self.machine]
 
     @property
+    def translation_mib(self) -> int:
+        """MiB of the translation buffer."""
+        given = self.translation_buffer
+        return self.profile.translation_mib if given is None else given // MiB
+
+    @property
     def store_limit(self) -> int:
         """Bytes the compressed store may occupy.
 
         A quarter by default: stable pages of a guest compress to a quarter of their size.
         """
         return self.memory // 4 if self.store.limit is None else self.store.limit
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_fleets(cls, data: Any, info: ValidationInfo) -> Any:
+        """With a fleet's ``defaults.reclaim`` below the VM's own."""
+        if not isinstance(data, Mapping) or not info.context or DEFAULTS_KEY not in info.context:
+            return data
+        return {**data, "reclaim": over(info.context[DEFAULTS_KEY], data.get("reclaim", {}))}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -156,10 +204,14 @@ class VmConfig(Config):
             wrong.append((("memory",), why))
         if self.store_limit > self.memory:
             wrong.append((("store", "limit"), f"is more than the VM's memory, {format_size(self.memory)}"))
+        if self.balloon.free_page_reporting and self.reclaim.mode is not ReclaimMode.OFF:
+            wrong.append((("balloon", "free_page_reporting"), "needs `reclaim: {mode: off}`: QEMU discards by itself"))
         if self.cpus > profile.max_cpus:
             wrong.append((("cpus",), f"{self.cpus} is more than the {profile.max_cpus} of {profile.name}"))
         if self.swap is not None and (self.swap < SWAP_MIN or self.swap % PAGE_SIZE):
             wrong.append((("swap",), f"must be a multiple of {PAGE_SIZE} and at least {format_size(SWAP_MIN)}"))
+        if why := self._wrong_translation():
+            wrong.append((("translation_buffer",), why))
         first: dict[Path, int] = {}
         for index, disk in enumerate(self.extra_disks):
             if first.setdefault(disk.path, index) != index:
@@ -168,11 +220,24 @@ class VmConfig(Config):
         complain(*wrong)
         return self
 
+    def _wrong_translation(self) -> str:
+        size = self.translation_buffer
+        if size is None:
+            return ""
+        if self.accelerator is not Accelerator.TCG:
+            return f"accelerator {self.accelerator} translates nothing; leave it out"
+        if size % MiB or not TRANSLATION_MIN <= size <= TRANSLATION_MAX:
+            return f"must be whole MiB, from {format_size(TRANSLATION_MIN)} to {format_size(TRANSLATION_MAX)}"
+        return ""
+
     def resolved(self, folder: Path) -> VmConfig:
         """The same with absolute paths, where relative ones mean ``folder``."""
         disks = tuple(disk.model_copy(update={"path": absolute(folder, disk.path)}) for disk in self.extra_disks)
         image = _image(self.image, folder) if isinstance(self.image, str) else self.image.resolved(folder)
-        return self.model_copy(update={"extra_disks": disks, "image": image})
+        store = self.store
+        if store.folder is not None:
+            store = store.model_copy(update={"folder": absolute(folder, store.folder)})
+        return self.model_copy(update={"extra_disks": disks, "image": image, "store": store})
 
 
 def image_path(image: str) -> Path | None:
@@ -195,13 +260,16 @@ class _VmKey(Config):
 class _VmFile(RootModel[VmConfig]):
     @model_validator(mode="wrap")
     @classmethod
-    def _either(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        return handler(_VmKey.model_validate(data).vm if isinstance(data, Mapping) and "vm" in data else data)
+    def _either(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        below = isinstance(data, Mapping) and "vm" in data
+        return handler(_VmKey.model_validate(data, context=info.context).vm if below else data)
 
 
-def load_vm(path: Path) -> VmConfig:
+def load_vm(path: Path, defaults: Mapping[str, Any] | None = None) -> VmConfig:
     """The VM a file describes, at its top level or below ``vm:``; its paths absolute.
 
+    :param defaults: keys of ``reclaim`` where the file does not have them.
     :raise ConfigError: naming the file, line and key.
     """
-    return strict_yaml.load(path, _VmFile).root.resolved(path.parent)
+    context = None if defaults is None else {DEFAULTS_KEY: defaults}
+    return strict_yaml.load(path, _VmFile, context).root.resolved(path.parent)

@@ -31,6 +31,7 @@ STDIN_BYTES_MAX = 64 * 1024
 OUTPUT_BYTES_MAX = 32 * 1024
 #: "Not known" in fields of hundredths and the like.
 UNKNOWN_U32 = 0xFFFFFFFF
+UNKNOWN_U64 = 0xFFFFFFFFFFFFFFFF
 
 
 class MessageType(enum.IntEnum):
@@ -282,7 +283,8 @@ class Stats(NamedTuple):
 
 
 class StatsReport(NamedTuple):
-    """Guest: bytes, milliseconds since boot, memory pressure "some avg10" in hundredths of a percent."""
+    """Guest: bytes, milliseconds since boot, memory pressure "some avg10" and "full avg10" in hundredths of a percent,
+    and pages its kernel read again soon after it had evicted them, since boot."""
 
     request: int
     memory_total: int
@@ -290,6 +292,8 @@ class StatsReport(NamedTuple):
     memory_available: int
     uptime_ms: int
     pressure: int
+    pressure_full: int = UNKNOWN_U32
+    workingset_refaults: int = UNKNOWN_U64
 
 
 class Exec(NamedTuple):
@@ -352,7 +356,10 @@ _LAYOUT: dict[Any, tuple[MessageType, tuple[Any, ...]]] = {
     DiscardedEnd: (MessageType.DISCARDED_END, (U64, U64, U32, U64, U64, U64, U64, U64)),
     DiscardedKept: (MessageType.DISCARDED_KEPT, (U64, U32)),
     Stats: (MessageType.STATS, (U64,)),
-    StatsReport: (MessageType.STATS_REPORT, (U64, U64, U64, U64, U64, U32)),
+    StatsReport: (
+        MessageType.STATS_REPORT,
+        (U64, U64, U64, U64, U64, U32, Later(U32, UNKNOWN_U32), Later(U64, UNKNOWN_U64)),
+    ),
     Exec: (MessageType.EXEC, (U64, List(Bytes(ARGUMENT_BYTES_MAX), ARGUMENTS_MAX), U32, Bytes(STDIN_BYTES_MAX))),
     ExecOutput: (MessageType.EXEC_OUTPUT, (U64, U8, Bytes(OUTPUT_BYTES_MAX))),
     ExecEnd: (MessageType.EXEC_END, (U64, U8, U32, U8, _TEXT)),

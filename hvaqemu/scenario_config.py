@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,29 +15,13 @@ from pydantic import (
     model_validator,
 )
 
-from hvaqemu import strict_yaml
+from hvaqemu import load_config, strict_yaml
+from hvaqemu.bounds import SizeBounds
 from hvaqemu.config import VmConfig
 from hvaqemu.fields import Config, Count, Location, Name, Seconds, Size, complain
+from hvaqemu.load_config import LoadExpectStep, LoadStep, LoadStopStep
+from hvaqemu.reclaim_config import DEFAULT_STATES, ReclaimConfig, States
 from hvaqemu.units import format_size
-
-
-class ReclaimState(StrEnum):
-    """Page states a user can ask to be discarded."""
-
-    UNUSED = "unused"
-    VOLATILE = "volatile"
-    POTENTIAL = "potential"
-    STABLE = "stable"
-
-
-#: What is discarded where nobody says otherwise.
-DEFAULT_STATES = (ReclaimState.UNUSED, ReclaimState.VOLATILE)
-
-
-def _some_once(states: tuple[ReclaimState, ...]) -> tuple[ReclaimState, ...]:
-    if not states or len(set(states)) != len(states):
-        raise ValueError(f"name each state once, at least one of {', '.join(ReclaimState)}")
-    return states
 
 
 def _command(text: str) -> str:
@@ -65,7 +48,7 @@ class MeasureStep(Config):
 class ReclaimPlan(Config):
     """What to reclaim, and how long to go on: until an epoch gains less than 1 %, or as the fields say."""
 
-    states: Annotated[tuple[ReclaimState, ...], AfterValidator(_some_once)] = DEFAULT_STATES
+    states: States = DEFAULT_STATES
     #: Exactly so many epochs.
     epochs: Count | None = None
     #: Seconds from the start of one epoch to the start of the next, beside the steps that follow, until stopped.
@@ -88,6 +71,12 @@ class ReclaimStopStep(Config):
     """End the reclaim that runs beside the steps."""
 
     reclaim: Literal["stop"]
+
+
+class SetStep(Config):
+    """From now on the VM's memory is reclaimed as a VM file's ``reclaim`` with these keys says."""
+
+    set: ReclaimConfig
 
 
 class Nothing(Config):
@@ -119,47 +108,12 @@ class SameStep(Config):
     same: Annotated[tuple[Name, ...], Field(min_length=2)]
 
 
-class Bounds(Config):
-    """Bounds of a number of bytes: absolute, or as a multiple of another measure's."""
-
-    max: Size | None = None
-    min: Size | None = None
-    of: Name | None = None
-    max_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    min_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        ratio = self.max_ratio is not None or self.min_ratio is not None
-        if not ratio and self.max is None and self.min is None:
-            complain(((), "needs max, min, max_ratio or min_ratio"))
-        if ratio and self.of is None:
-            complain(((), "a ratio needs `of`, the name of another measure"))
-        if self.of is not None and not ratio:
-            complain((("of",), "means nothing without max_ratio or min_ratio"))
-        return self
-
-    def violations(self, value: int, other: int | None) -> Iterator[str]:
-        """What ``value`` bytes break, each a phrase. ``other``: the same number in the measure ``of`` names."""
-        if self.max is not None and value > self.max:
-            yield f"{format_size(value)} is more than {format_size(self.max)}"
-        if self.min is not None and value < self.min:
-            yield f"{format_size(value)} is less than {format_size(self.min)}"
-        if other is None:
-            return
-        ratio = value / other if other else float("inf")
-        if self.max_ratio is not None and ratio > self.max_ratio:
-            yield f"{format_size(value)} is {ratio:.3f} of {self.of}, more than {self.max_ratio:g}"
-        if self.min_ratio is not None and ratio < self.min_ratio:
-            yield f"{format_size(value)} is {ratio:.3f} of {self.of}, less than {self.min_ratio:g}"
-
-
 class Expectation(Config):
     """What must hold of a measure: of its backing, or of that and the compressed store together."""
 
     measure: Name
-    backing: Bounds | None = None
-    backing_and_store: Bounds | None = None
+    backing: SizeBounds | None = None
+    backing_and_store: SizeBounds | None = None
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -167,7 +121,7 @@ class Expectation(Config):
             complain(((), "needs backing or backing_and_store"))
         return self
 
-    def bounds(self) -> list[tuple[str, Bounds]]:
+    def bounds(self) -> list[tuple[str, SizeBounds]]:
         """What is bounded, by the name of its key."""
         found = (("backing", self.backing), ("backing_and_store", self.backing_and_store))
         return [(name, bounds) for name, bounds in found if bounds is not None]
@@ -184,23 +138,31 @@ Step = (
     | MeasureStep
     | ReclaimStep
     | ReclaimStopStep
+    | SetStep
     | RestoreStep
     | BalloonStep
     | SleepStep
     | SameStep
     | ExpectStep
+    | LoadStep
+    | LoadStopStep
+    | LoadExpectStep
 )
 
 _VERBS: dict[str, type[Step]] = {
     "guest": GuestStep,
     "measure": MeasureStep,
     "reclaim": ReclaimStep,
+    "set": SetStep,
     "restore": RestoreStep,
     "balloon": BalloonStep,
     "sleep": SleepStep,
     "same": SameStep,
     "expect": ExpectStep,
+    "load": LoadStep,
 }
+#: What ends a step that goes on beside others: the same verb, and `stop`.
+_STOPS: dict[type[Step], type[Step]] = {ReclaimStep: ReclaimStopStep, LoadStep: LoadStopStep}
 
 
 def verb_of(step: Step) -> str:
@@ -218,8 +180,11 @@ def _step(data: Any, _union: ValidatorFunctionWrapHandler) -> Step:
         found = f"not {' and '.join(verbs)}" if verbs else f"not {', '.join(map(str, data)) or 'nothing'}"
         raise ValueError(f"a step has exactly one of {', '.join(_VERBS)}, {found}")
     model = _VERBS[verbs[0]]
-    if model is ReclaimStep and isinstance(data["reclaim"], str):
-        model = ReclaimStopStep
+    value = data[verbs[0]]
+    if isinstance(value, str):
+        model = _STOPS.get(model, model)
+    elif model is ExpectStep and isinstance(value, Mapping) and "load" in value:
+        model = LoadExpectStep
     # A ValidationError raised here keeps its places: pydantic puts them below this step's.
     return model.model_validate(data)
 
@@ -232,7 +197,7 @@ class Scenario(Config):
 
     @model_validator(mode="after")
     def _steps_fit_together(self) -> Self:
-        complain(*_complaints(self))
+        complain(*_complaints(self), *load_config.complaints(self.steps, self.vm.network))
         return self
 
     def resolved(self, folder: Path) -> Scenario:

@@ -37,9 +37,10 @@ _INT = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 
 
-def load(path: Path, model: type[M]) -> M:
+def load(path: Path, model: type[M], context: object = None) -> M:
     """The file at ``path`` as a ``model``.
 
+    :param context: for the model's validators.
     :raise ConfigError: it can not be read, is not YAML, or is not what ``model`` asks for.
     """
     try:
@@ -51,12 +52,13 @@ def load(path: Path, model: type[M]) -> M:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: is not UTF-8 text") from error
-    return loads(text, str(path), model)
+    return loads(text, str(path), model, context)
 
 
-def loads(text: str, source: str, model: type[M]) -> M:
+def loads(text: str, source: str, model: type[M], context: object = None) -> M:
     """``text`` as a ``model``; ``source`` is the name that errors give it.
 
+    :param context: for the model's validators.
     :raise ConfigError: it is not YAML, or is not what ``model`` asks for.
     """
     if len(text) > SIZE_MAX:
@@ -68,9 +70,28 @@ def loads(text: str, source: str, model: type[M]) -> M:
     if not isinstance(data, dict):
         raise ConfigError(f"{source}:1: must hold keys and values, not {_kind(data)}")
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         raise ConfigError(reader.explain(error)) from error
+
+
+def value(text: str, source: str) -> Any:
+    """``text`` as one plain value, by the rules for files: a text, number, truth value, list or mapping.
+
+    :raise ConfigError: it is not YAML; ``source`` is the name that the error gives it.
+    """
+    if len(text) > SIZE_MAX:
+        raise ConfigError(f"{source}: is longer than {SIZE_MAX} characters")
+    return _Reader(source).read(text)
+
+
+def explain(error: ValidationError, below: str) -> str:
+    """The first of pydantic's complaints about values from no file, and how many more there are, as one line.
+
+    :param below: the key whose value they are.
+    """
+    first, more = _first(error)
+    return f"{_key((below, *first['loc']))}{_what(first)}{more}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -148,15 +169,11 @@ class _Reader:
 
     def explain(self, error: ValidationError) -> str:
         """The first of pydantic's complaints, and how many more there are, as one line."""
-        complaints = error.errors(include_url=False)
-        # An unknown key is usually the typing error behind a "missing" one, so it is the better first line.
-        first = next((each for each in complaints if each["type"] == "extra_forbidden"), complaints[0])
+        first, more = _first(error)
         where, line = self._place(first["loc"])
         missing = first["type"] == "missing"
         shown = where if not missing else (*where, *first["loc"][-1:])
-        key = f" key {_dotted(shown)}:" if shown else ""
-        more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
-        return f"{self._source}:{line}:{key} {_what(first)}{more}"
+        return f"{self._source}:{line}: {_key(shown)}{_what(first)}{more}"
 
     def _place(self, loc: Location) -> tuple[Location, int]:
         """The deepest place in the file that ``loc`` names, and its line.
@@ -168,6 +185,18 @@ class _Reader:
             if (*where, step) in self._lines:
                 where = (*where, step)
         return where, self._lines.get(where, 1)
+
+
+def _first(error: ValidationError) -> tuple[Mapping[str, Any], str]:
+    """The complaint to show, and in words how many more there are."""
+    complaints = error.errors(include_url=False)
+    # An unknown key is usually the typing error behind a "missing" one, so it is the better first line.
+    first = next((each for each in complaints if each["type"] == "extra_forbidden"), complaints[0])
+    return first, f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+
+
+def _key(where: Location) -> str:
+    return f"key {_dotted(where)}: " if where else ""
 
 
 def _what(complaint: Mapping[str, Any]) -> str:

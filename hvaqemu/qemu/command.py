@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvaqemu.config import Accelerator, ExtraDisk, VmConfig
+from hvaqemu.config import Accelerator, BalloonConfig, ExtraDisk, VmConfig
+from hvaqemu.qemu import network
 from hvaqemu.qemu.profile import MachineProfile
 from hvaqemu.units import MiB
 
@@ -37,6 +38,8 @@ class RawDisk:
     block_device: bool = False
     #: Opened past the host's page cache.
     direct: bool = False
+    #: It does not change, so that pages may depend on it.
+    layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,18 @@ class LaunchFiles:
 
 @dataclass(frozen=True)
 class LaunchSockets:
-    """Listening unix sockets that QEMU inherits, by descriptor number."""
+    """What QEMU inherits, by descriptor number: listening unix sockets, and a tap device."""
 
     qmp: int
     agent: int
+    tap: int | None = None
 
 
 def build_command(profile: MachineProfile, config: VmConfig, files: LaunchFiles, sockets: LaunchSockets) -> list[str]:
     """The arguments to start QEMU with. The machine starts stopped: QMP ``cont`` runs it once a pager is attached."""
     command = [profile.binary, "-name", f"guest={config.name},debug-threads=on"]
     command += ["-no-user-config", "-nodefaults", "-display", "none", "-S"]
-    command += ["-machine", f"{profile.machine},memory-backend={RAM_ID}", "-accel", _accelerator(profile, config)]
+    command += ["-machine", f"{profile.machine},memory-backend={RAM_ID}", "-accel", _accelerator(config)]
     command += ["-object", _json(_ram(config)), "-m", f"{config.memory // MiB}M", "-smp", str(config.cpus)]
     command += ["-kernel", str(files.kernel), "-initrd", str(files.initrd), "-append", _kernel_args(config, files)]
     for node in _nodes(files):
@@ -81,7 +85,8 @@ def build_command(profile: MachineProfile, config: VmConfig, files: LaunchFiles,
     command += ["-chardev", f"socket,id=agent,fd={sockets.agent},server=on,wait=off"]
     command += ["-chardev", f"file,id=console,path={_doubled(files.console_log)},append=on"]
     command += ["-object", _json({"qom-type": "rng-builtin", "id": "rng0"})]
-    for device in _devices(profile, files):
+    command += network.netdev(config, sockets.tap)
+    for device in _devices(profile, config, files):
         command += ["-device", _json(device)]
     # A guest that panicked stays for whoever looks at it; a child of QEMU would be unknown to the pager.
     command += ["-action", "panic=pause"]
@@ -103,14 +108,18 @@ def _doubled(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _accelerator(profile: MachineProfile, config: VmConfig) -> str:
+def _accelerator(config: VmConfig) -> str:
     if config.accelerator is Accelerator.KVM:
         return "kvm"
-    return f"tcg,tb-size={profile.tcg_tb_size},thread=multi"
+    return f"tcg,tb-size={config.translation_mib},thread=multi"
 
 
 def _kernel_args(config: VmConfig, files: LaunchFiles) -> str:
-    switches = ("hva.exec=1" if config.allow_exec else "", "hva.swap=1" if files.swap else "")
+    switches = (
+        "hva.exec=1" if config.allow_exec else "",
+        "hva.swap=1" if files.swap else "",
+        network.kernel_word(config),
+    )
     return " ".join(part for part in (files.kernel_args, config.kernel_args, *switches) if part)
 
 
@@ -188,7 +197,7 @@ def _extra_node(index: int, disk: RawDisk) -> dict[str, object]:
     }
 
 
-def _devices(profile: MachineProfile, files: LaunchFiles) -> list[dict[str, object]]:
+def _devices(profile: MachineProfile, config: VmConfig, files: LaunchFiles) -> list[dict[str, object]]:
     """In the order the guest finds them: the root disk is its first disk."""
     suffix = profile.virtio_suffix
     disks = [_disk(suffix, ROOT_NODE, files.overlay.stem)]
@@ -199,13 +208,23 @@ def _devices(profile: MachineProfile, files: LaunchFiles) -> list[dict[str, obje
         *disks,
         {"driver": f"virtio-serial{suffix}", "id": "serial0"},
         {"driver": "virtserialport", "bus": "serial0.0", "chardev": "agent", "name": AGENT_PORT},
-        {"driver": f"virtio-balloon{suffix}", "id": BALLOON_ID},
+        _balloon(suffix, config.balloon),
         {"driver": f"virtio-rng{suffix}", "rng": "rng0"},
+        *network.nic(suffix, config),
     ]
 
 
 def _disk(suffix: str, name: str, node: str) -> dict[str, object]:
     return {"driver": f"virtio-blk{suffix}", "id": disk_id(name), "drive": node, "serial": name}
+
+
+def _balloon(suffix: str, config: BalloonConfig) -> dict[str, object]:
+    device: dict[str, object] = {"driver": f"virtio-balloon{suffix}", "id": BALLOON_ID}
+    if config.deflate_on_oom:
+        device["deflate-on-oom"] = True
+    if config.free_page_reporting:
+        device["free-page-reporting"] = True
+    return device
 
 
 def disk_id(name: str) -> str:

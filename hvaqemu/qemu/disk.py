@@ -65,7 +65,11 @@ def check_extra_disks(disks: Sequence[ExtraDisk]) -> tuple[RawDisk, ...]:
             raise ConfigError(
                 f"{name}: {disk.path}: is the same disk as extra_disks[{other}]", "make both read_only: true"
             )
-        found.append(RawDisk(disk.path.absolute(), disk.read_only, block, disk.direct))
+        if disk.layer and block:
+            raise ConfigError(f"{name}: {disk.path}: is a block device, and only a file is a layer", "set layer: false")
+        still = disk.read_only and not block and not disk.direct
+        layer = still and disk.layer is not False and other == index
+        found.append(RawDisk(disk.path.absolute(), disk.read_only, block, disk.direct, layer))
     return tuple(found)
 
 

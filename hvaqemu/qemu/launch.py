@@ -30,12 +30,16 @@ async def launch(
     runtime: Path,
     shim: Path,
     on_event: Callable[[QmpEvent], None],
+    store: int | None = None,
+    tap: int | None = None,
     die_with_parent: bool = False,
     timeout: float = 30.0,
 ) -> tuple[QemuProcess, QmpLink]:
     """Start QEMU and connect to its monitor. The guest does not run yet: ``cont`` does that.
 
     :param runtime: the VM's own directory, which must exist; gets the sockets and QEMU's log.
+    :param store: descriptor of a file for the compressed store; None: it is in memory.
+    :param tap: the descriptor of the VM's tap device, if it has one; the caller's to close.
     :param timeout: seconds until the monitor must answer.
     :raise QemuLaunchError: QEMU ended; carries its command line, exit status and words.
     :raise DeadlineExceeded: the monitor did not answer in time.
@@ -48,9 +52,14 @@ async def launch(
                 listener = ours.enter_context(sockets.listen(runtime / name))
                 undo.callback((runtime / name).unlink, missing_ok=True)
                 descriptors.append(listener.fileno())
-            argv = build_command(config.profile, config, files, LaunchSockets(*descriptors))
+            argv = build_command(config.profile, config, files, LaunchSockets(descriptors[0], descriptors[1], tap))
             process = QemuProcess.spawn(
-                argv, pass_fds=descriptors, shim=shim, log=runtime / QEMU_LOG, die_with_parent=die_with_parent
+                argv,
+                pass_fds=[*descriptors, *([] if tap is None else [tap])],
+                shim=shim,
+                log=runtime / QEMU_LOG,
+                store=store,
+                die_with_parent=die_with_parent,
             )
         link = QmpLink(process, runtime / QMP_SOCKET, on_event)
         try:

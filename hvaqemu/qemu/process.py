@@ -113,11 +113,19 @@ class QemuProcess:
 
     @classmethod
     def spawn(
-        cls, argv: Sequence[str], *, pass_fds: Sequence[int], shim: Path, log: Path, die_with_parent: bool = False
+        cls,
+        argv: Sequence[str],
+        *,
+        pass_fds: Sequence[int],
+        shim: Path,
+        log: Path,
+        store: int | None = None,
+        die_with_parent: bool = False,
     ) -> Self:
         """Start QEMU with the shim preloaded, in a session of its own and a clean environment.
 
         :param log: gets what QEMU prints; made anew, for its owner only.
+        :param store: descriptor of a file for the compressed store; None: the shim makes a memfd.
         :param die_with_parent: QEMU is killed when the calling thread ends; else it outlives us.
         :raise HostError: there is no such program, or it can not be started.
         """
@@ -127,6 +135,9 @@ class QemuProcess:
             "LD_PRELOAD": str(shim),
             "HVA_SHIM": "1",
         }
+        if store is not None:
+            environment["HVA_SHIM_STORE"] = str(store)
+            pass_fds = (*pass_fds, store)
         try:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:

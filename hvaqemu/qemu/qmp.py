@@ -15,6 +15,7 @@ from qemu.qmp.error import QMPError
 from qemu.qmp.message import Message
 
 from hvaqemu.errors import DeadlineExceeded, HvaError, PeerLost, ProtocolError
+from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.qemu.events import BalloonChange, QmpEvent, parse_event
 from hvaqemu.qemu.process import QemuProcess
 from hvaqemu.qemu.race import race
@@ -28,6 +29,16 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 EXECUTE_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
+
+
+class _Client(QMPClient):
+    """Makes a text of a message only where somebody reads the log: that takes longer than all else about it."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
 
 
 class QmpError(HvaError):
@@ -130,7 +141,7 @@ class QmpLink:
         :raise DeadlineExceeded: QEMU did not greet us in time; it serves one client at a time.
         """
         await self.close()
-        client = QMPClient(f"qemu-{self._process.pid}")
+        client = _Client(f"qemu-{self._process.pid}")
         client.events.event_filter = lambda _event: False
         client.register_listener(_Sink(self._deliver))
         try:
@@ -252,6 +263,8 @@ class QmpLink:
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout
+        # A balloon takes whole pages (QEMU, hw/virtio/virtio-balloon.c, virtio_balloon_to_target).
+        size = -(-size // PAGE_SIZE) * PAGE_SIZE
         await self.execute("balloon", {"value": size}, timeout=timeout)
         while True:
             self._ballooned.clear()
@@ -265,6 +278,12 @@ class QmpLink:
                 )
             # QEMU sends at most one of these events a second.
             await self._changed(min(left, 0.2))
+
+    async def balloon_as_it_is(self, timeout: float = EXECUTE_SECONDS) -> int:
+        """Have the guest keep the bytes it has, whatever it was asked for; those bytes."""
+        actual = await self.balloon_actual(timeout)
+        await self.execute("balloon", {"value": actual}, timeout=timeout)
+        return actual
 
     async def _changed(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -252,8 +252,11 @@ def compile_python(tree: Tree) -> None:
 
 def _own(tree: Tree, name: str, agent: bytes) -> None:
     """The project's own files."""
-    for program in ("boot", "firstboot", "run-agent", "shutdown"):
+    for program in ("boot", "dhcp", "firstboot", "run-agent", "shutdown"):
         tree.write(f"/usr/lib/hva/{program}", data(program), 0o755)
+    tree.write("/usr/lib/hva/network", data("network"))
+    # Name servers are learnt when the guest boots, and it may have its root disk read-only.
+    tree.link("/etc/resolv.conf", "/run/resolv.conf")
     tree.write(AGENT, agent)
     tree.write("/etc/inittab", data("inittab"))
     # busybox takes its part from the name it is called by. The link is not /sbin/init: that is a package's to own.

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hvaqemu.config import Accelerator, ExtraDisk, FreezeConfig, StoreConfig, VmConfig, image_path, load_vm
+from hvaqemu.config import (
+    Accelerator,
+    BalloonConfig,
+    ExtraDisk,
+    FreezeConfig,
+    StoreConfig,
+    VmConfig,
+    image_path,
+    load_vm,
+)
 from hvaqemu.errors import ConfigError
 from hvaqemu.image_config import ImageConfig, load_image
 from hvaqemu.units import GiB, MiB
@@ -96,10 +105,12 @@ def test_all_keys(tmp_path: Path) -> None:
         "image: {name: mine, packages: [fio, stress-ng], files: {/opt/job.sh: ./job.sh}, size: 2G}\n"
         "extra_disks: [{path: data.raw, read_only: true}, {path: /dev/loop9}]\n"
         "swap: 256M\nkeep_disks: true\nfreeze: {after: 64M, every: 5m, disk_budget: 2G, depth: 3}\n"
+        "reclaim: {mode: off}\nballoon: {free_page_reporting: true, deflate_on_oom: true}\n"
     )
     config = load_vm(write(tmp_path, text))
     assert (config.swap, config.keep_disks) == (256 * MiB, True)
     assert config.freeze == FreezeConfig(after=64 * MiB, every=300.0, disk_budget=2 * GiB, depth=3)
+    assert config.balloon == BalloonConfig(deflate_on_oom=True, free_page_reporting=True)
     assert config.accelerator is Accelerator.KVM
     assert config.boot_timeout == 120.0
     assert [disk.path for disk in config.extra_disks] == [tmp_path / "data.raw", Path("/dev/loop9")]
@@ -150,14 +161,23 @@ def test_image_by_path_is_relative_to_the_file(tmp_path: Path) -> None:
         (VM + "freeze: {depth: 17}\n", "vm.yaml:3: key freeze.depth: input should be less than or equal to 16"),
         (VM + "freeze: {every: never}\n", "vm.yaml:3: key freeze.every: 'never' is not a duration"),
         (VM + "freeze: {often: 1}\n", "vm.yaml:3: key freeze.often: is not a known key"),
+        (
+            VM + "balloon: {free_page_reporting: true}\n",
+            "vm.yaml:3: key balloon.free_page_reporting: needs `reclaim: {mode: off}`",
+        ),
+        (VM + "balloon: {deflate: true}\n", "vm.yaml:3: key balloon.deflate: is not a known key"),
         (VM + "machine: pc\n", "vm.yaml:3: key machine: 'pc' is not a machine profile; known: s390x"),
         (VM + "accelerator: xen\n", "vm.yaml:3: key accelerator: input should be 'tcg' or 'kvm', not 'xen'"),
         (VM + "cpus: 0\n", "vm.yaml:3: key cpus: input should be greater than or equal to 1, not 0"),
         (VM + "cpus: 249\n", "vm.yaml:3: key cpus: 249 is more than the 248 of s390x"),
         (VM + "cpus: '2'\n", "vm.yaml:3: key cpus: input should be a valid integer, not '2'"),
         (VM + "allow_exec: 1\n", "vm.yaml:3: key allow_exec: input should be a valid boolean, not 1"),
+        ("name: one\nmemory: " + "9" * 400 + "\n", "vm.yaml:2: key memory: "),
         (VM + "boot_timeout: 0\n", "vm.yaml:3: key boot_timeout: input should be greater than 0, not 0"),
         (VM + "protection_limit: 1ms\n", "vm.yaml:3: key protection_limit: must be at least 50ms: two scans"),
+        (VM + "translation_buffer: 2M\n", "vm.yaml:3: key translation_buffer: must be whole MiB, from 4.0 MiB"),
+        (VM + "translation_buffer: 8193K\n", "vm.yaml:3: key translation_buffer: must be whole MiB"),
+        (VM + "accelerator: kvm\ntranslation_buffer: 16M\n", "vm.yaml:4: key translation_buffer: accelerator kvm"),
         (VM + "boot_timeout: soon\n", "vm.yaml:3: key boot_timeout: 'soon' is not a duration"),
         (VM + "image: 5\n", "vm.yaml:3: key image: must be the name of an image"),
         (VM + "store: 12M\n", "vm.yaml:3: key store: should have keys of its own, not be '12M'"),
@@ -173,6 +193,14 @@ def test_image_by_path_is_relative_to_the_file(tmp_path: Path) -> None:
         (VM + "image: {name: debian-s390x}\n", "vm.yaml:3: key image.name: debian-s390x is the default image"),
         (VM + "image: {name: x, base: y}\n", "vm.yaml:3: key image.base: 'y' is no image to build on"),
         (VM + "extra_disks:\n - path: a\n - path: a\n", "vm.yaml:5: key extra_disks[1].path: a is already disk 0"),
+        (
+            VM + "extra_disks:\n - {path: a, layer: true}\n",
+            "vm.yaml:4: key extra_disks[0].layer: a disk that is written",
+        ),
+        (
+            VM + "extra_disks:\n - {path: a, layer: true, read_only: true, direct: true}\n",
+            "vm.yaml:4: key extra_disks[0].layer: a disk with direct I/O",
+        ),
         (VM + "extra_disks:\n - path: ''\n", "vm.yaml:4: key extra_disks[0].path: must be a path"),
     ],
 )

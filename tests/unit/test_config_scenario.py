@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvaqemu.bounds import SizeBounds
 from hvaqemu.errors import ConfigError
+from hvaqemu.reclaim_config import DEFAULT_STATES, ReclaimState
 from hvaqemu.scenario_config import (
-    DEFAULT_STATES,
     BalloonStep,
-    Bounds,
     ExpectStep,
     GuestStep,
     MeasureStep,
     ReclaimPlan,
-    ReclaimState,
     ReclaimStep,
     ReclaimStopStep,
     RestoreStep,
@@ -200,11 +199,11 @@ def test_disks_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 def test_bounds() -> None:
-    absolute = Bounds(max=10 * MiB, min=5 * MiB)
+    absolute = SizeBounds(max=10 * MiB, min=5 * MiB)
     assert list(absolute.violations(7 * MiB, None)) == []
     assert list(absolute.violations(11 * MiB, None)) == ["11.0 MiB is more than 10.0 MiB"]
     assert list(absolute.violations(4 * MiB, None)) == ["4.0 MiB is less than 5.0 MiB"]
-    ratio = Bounds(of="filled", max_ratio=0.17)
+    ratio = SizeBounds(of="filled", max_ratio=0.17)
     assert list(ratio.violations(17, 100)) == []
     assert list(ratio.violations(18, 100)) == ["18 B is 0.180 of filled, more than 0.17"]
     assert list(ratio.violations(1, 0)) == ["1 B is inf of filled, more than 0.17"]

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvaqemu.config import Accelerator, VmConfig
+from hvaqemu.config import Accelerator, BalloonConfig, VmConfig
+from hvaqemu.network_config import NoNetwork
 from hvaqemu.qemu.command import LaunchFiles, LaunchSockets, RawDisk, build_command, shell_line
 from hvaqemu.qemu.profile import S390X
+from hvaqemu.reclaim_config import ReclaimConfig, ReclaimMode
 from hvaqemu.units import MiB
 
-CONFIG = VmConfig(name="one", memory=512 * MiB, cpus=2)
+CONFIG = VmConfig(name="one", memory=512 * MiB, cpus=2, network=NoNetwork())
 FILES = LaunchFiles(
     kernel=Path("/i/kernel"),
     initrd=Path("/i/initrd"),
@@ -63,6 +65,11 @@ def test_ram_is_one_shared_memfd() -> None:
     assert memory == [{"qom-type": "memory-backend-memfd", "id": "ram0", "size": 512 * MiB, "share": True}]
 
 
+def test_a_translation_buffer_of_the_users_size() -> None:
+    config = VmConfig(name="small", memory=512 * MiB, translation_buffer=16 * MiB)
+    assert values(command(config), "-accel") == ["tcg,tb-size=16,thread=multi"]
+
+
 def test_kvm() -> None:
     assert values(command(CONFIG.model_copy(update={"accelerator": Accelerator.KVM})), "-accel") == ["kvm"]
 
@@ -79,6 +86,20 @@ def test_a_users_own_arguments_come_last() -> None:
     argv = command(CONFIG.model_copy(update={"qemu_args": own, "kernel_args": "page_poison=1", "allow_exec": True}))
     assert tuple(argv[-3:]) == own
     assert values(argv, "-append") == ["root=/dev/vda rw page_poison=1 hva.exec=1"]
+
+
+def test_the_balloon_does_by_itself_only_what_the_config_says() -> None:
+    def balloon(**keys: bool) -> dict[str, object]:
+        config = VmConfig(
+            name="one", memory=512 * MiB, reclaim=ReclaimConfig(mode=ReclaimMode.OFF), balloon=BalloonConfig(**keys)
+        )
+        (device,) = (found for found in objects(command(config), "-device") if found.get("id") == "balloon0")
+        return device
+
+    plain = {"driver": "virtio-balloon-ccw", "id": "balloon0"}
+    assert balloon() == plain
+    assert balloon(deflate_on_oom=True) == plain | {"deflate-on-oom": True}
+    assert balloon(free_page_reporting=True) == plain | {"free-page-reporting": True}
 
 
 def test_sockets_are_inherited() -> None:

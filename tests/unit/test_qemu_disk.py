@@ -79,7 +79,22 @@ def test_golden_image_must_be_a_disk(tmp_path: Path) -> None:
 def test_extra_disks(tmp_path: Path) -> None:
     one, two = raw(tmp_path / "one"), raw(tmp_path / "two")
     disks = [ExtraDisk(path=one), ExtraDisk(path=two, read_only=True)]
-    assert check_extra_disks(disks) == (RawDisk(one, False, False), RawDisk(two, True, False))
+    assert check_extra_disks(disks) == (RawDisk(one, False, False), RawDisk(two, True, False, layer=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "layer"),
+    [
+        ({"read_only": True}, True),
+        ({"read_only": True, "layer": True}, True),
+        ({"read_only": True, "layer": False}, False),
+        ({"read_only": True, "direct": True}, False),
+        ({}, False),
+    ],
+)
+def test_only_what_does_not_change_is_a_layer(tmp_path: Path, keys: dict[str, bool], layer: bool) -> None:
+    (found,) = check_extra_disks([ExtraDisk(path=raw(tmp_path / "disk"), **keys)])
+    assert found.layer is layer
 
 
 def test_content_of_a_raw_disk_is_never_looked_at(tmp_path: Path) -> None:
@@ -111,7 +126,8 @@ def test_one_disk_twice(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"extra_disks\[1\]: .*other: is the same disk as extra_disks\[0\]"):
         check_extra_disks([ExtraDisk(path=disk, read_only=True), ExtraDisk(path=other)])
     both = check_extra_disks([ExtraDisk(path=disk, read_only=True), ExtraDisk(path=other, read_only=True)])
-    assert len(both) == 2
+    # Once is enough.
+    assert [each.layer for each in both] == [True, False]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvaqemu.units import GiB, KiB, MiB, format_duration, format_size, parse_duration, parse_size
+from hvaqemu.units import (
+    GiB,
+    KiB,
+    MiB,
+    format_duration,
+    format_rate,
+    format_share,
+    format_size,
+    parse_duration,
+    parse_rate,
+    parse_share,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +29,7 @@ def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "-1M", "1.0001", "12 parsecs", True, "1e3", "0x10"])
+@pytest.mark.parametrize("text", ["", "M", "-1M", "1.0001", "12 parsecs", True, "1e3", "0x10", "9" * 400, "8388608T"])
 def test_what_is_not_a_size(text: str | int) -> None:
     with pytest.raises(ValueError):
         parse_size(text)
@@ -47,3 +59,35 @@ def test_for_people() -> None:
     assert format_duration(0.0000123) == "12 µs"
     assert format_duration(0.0034) == "3.4 ms"
     assert format_duration(125) == "2 min 5 s"
+
+
+@pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.2 %", 0.002), ("100%", 1.0), ("0%", 0.0)])
+def test_shares(text: str, share: float) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize(("text", "rate"), [("0.2%/min", 0.002), ("12%/h", 0.002), ("1 % / s", 0.6)])
+def test_rates(text: str, rate: float) -> None:
+    assert parse_rate(text) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("text", ["", "5", "%", "-5%", "5%%", "1e3%", "nan%", "0.2%/min"])
+def test_what_is_not_a_share(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_share(text)
+
+
+@pytest.mark.parametrize("text", ["", "0.2%", "0.2/min", "0.2%/", "0.2%/day", "0.2%/min/min"])
+def test_what_is_not_a_rate(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_rate(text)
+
+
+@given(st.floats(0, 1))
+def test_what_is_printed_is_parsed_as_the_same(share: float) -> None:
+    assert parse_share(format_share(share)) == share
+    assert parse_rate(format_rate(share)) == share
+
+
+def test_shares_for_people() -> None:
+    assert (format_share(0.05), format_share(1.0), format_rate(0.002)) == ("5%", "100%", "0.2%/min")

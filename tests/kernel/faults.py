@@ -19,7 +19,9 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PagerHandle, call
+from hva_host.memory.store_file import STORE_AT_NAME, STORE_NAME, store_identity
 from hva_host.pager.membership import Member
+from hva_host.pager.process_files import descriptors
 from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
 from hvaqemu.faultpoints import VARIABLE
 from hvaqemu.pages import Run
@@ -38,17 +40,19 @@ class Machine:
     """A child in QEMU's place, its pager, and who replaces that when it dies.
 
     :param points: fault points, each armed by :meth:`arm`.
+    :param on_disk: its store is a file.
     """
 
-    def __init__(self, folder: Path, points: dict[str, str]) -> None:
+    def __init__(self, folder: Path, points: dict[str, str], *, on_disk: bool = False) -> None:
         self.folder = folder
+        self.on_disk = on_disk
         self.points = points
         self.restarts = 0
         self._back = asyncio.Event()
         self._told = asyncio.Event()
         self.failures: list[Exception] = []
         self.layers = (write_layer(folder, b"".join(map(block, COPIES))),)
-        self.child = Vcpu(PAGES)
+        self.child = Vcpu(PAGES, folder if on_disk else None)
         self.expected: dict[int, set[int]] = {}
         self._lock = asyncio.Lock()
         self.driver = EpochDriver(PAGES, 5.0, store=PAGES * PAGE)
@@ -140,6 +144,20 @@ class Machine:
                     return cast(list[dict[str, Any]], found)
                 await self._told.wait()
 
+    def open_store(self) -> int:
+        """The store, as QEMU has it."""
+        folder = Path(f"/proc/{self.child.pid}/fd")
+        links = descriptors(self.child.pid)
+        if self.on_disk:
+            where = next(fd for fd, link in links.items() if STORE_AT_NAME in link)
+            with (folder / str(where)).open("rb") as file:
+                identity = store_identity(file.fileno())
+            found = {fd: (folder / str(fd)).stat() for fd in links}
+            number = next(fd for fd, status in found.items() if (status.st_dev, status.st_ino) == identity)
+        else:
+            number = next(fd for fd, link in links.items() if STORE_NAME in link)
+        return os.open(folder / str(number), os.O_RDWR)
+
     # What the guest does
 
     async def open(self, path: Path) -> None:
@@ -183,15 +201,15 @@ class Machine:
         except (PeerLost, DeadlineExceeded, RefusedError):
             return None
 
-    async def turn(self) -> dict[str, Any] | None:
-        """One epoch after which what the guest has freed of its discarded copies is zeros; None if its pager died."""
+    async def turn(self, freed: range = FREED) -> dict[str, Any] | None:
+        """One epoch after which what the guest has freed of its discarded pages is zeros; None if its pager died."""
         wanted = np.zeros(PAGES, dtype=np.uint8)
-        wanted[COPIES.start : COPIES.stop] = Member.UNUSED
-        for pfn in FREED:
+        wanted[COPIES.start : COPIES.stop] = wanted[COLD.start : COLD.stop] = Member.UNUSED
+        for pfn in freed:
             # As above; from here on either is right.
             self.expected[pfn] |= {crc(bytes(PAGE))}
         try:
-            return await self.driver.transact(self.pager.link, wanted, 5.0, cast(GuestLink, _Freed()))
+            return await self.driver.transact(self.pager.link, wanted, 5.0, cast(GuestLink, _Freed(freed)))
         except (PeerLost, DeadlineExceeded, RefusedError):
             return None
 
@@ -230,11 +248,14 @@ class _Guest:
 
 
 class _Freed:
-    """A guest agent's word: the FREED pages are free."""
+    """A guest agent's word: these pages are free."""
 
     hello = SimpleNamespace(checks_free_pages=False)
 
+    def __init__(self, freed: range) -> None:
+        self._freed = freed
+
     async def confirm(self, _epoch: bytes, _number: int, part: Run, _timeout: float) -> NDArray[np.bool_]:
         free = np.zeros(PAGES, dtype=np.bool_)
-        free[FREED.start : FREED.stop] = True
+        free[self._freed.start : self._freed.stop] = True
         return free[part.start : part.stop]

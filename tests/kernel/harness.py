@@ -24,6 +24,7 @@ from hva_host.pager.preserve import Preserver
 from hva_host.pager.process_files import descriptors
 from hva_host.pager.prove import Prover
 from hva_host.pager.refaults import Refaults
+from hva_host.pager.sampling import Samples, Sampling
 from hva_host.pager.sources import Sources
 from hvaqemu.pages import Run
 
@@ -33,11 +34,15 @@ ZERO = bytes(PAGE)
 
 
 class Vcpu:
-    """A child in QEMU's place (``vcpu.py``): it has RAM, and touches pages of it when told."""
+    """A child in QEMU's place (``vcpu.py``): it has RAM, and touches pages of it when told.
 
-    def __init__(self, pages: int) -> None:
+    :param folder: its store is a file there; None: in memory.
+    """
+
+    def __init__(self, pages: int, folder: Path | None = None) -> None:
+        program = [sys.executable, str(Path(__file__).with_name("vcpu.py")), str(pages)]
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("vcpu.py")), str(pages)],
+            program if folder is None else [*program, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -89,8 +94,8 @@ class Vcpu:
 class Guest:
     """A child with RAM, and a pager in this process that answers only when a test says so."""
 
-    def __init__(self, pages: int = PAGES) -> None:
-        self.child = Vcpu(pages)
+    def __init__(self, pages: int = PAGES, folder: Path | None = None) -> None:
+        self.child = Vcpu(pages, folder)
         self.address = self.child.address
         self.pidfd = os.pidfd_open(self.child.pid)
         self.ram = attach(self.child.pid, self.pidfd, Sources(self.child.pid, self.pidfd))
@@ -99,7 +104,9 @@ class Guest:
         self.epoch: Epoch | None = None
         self.preserver = Preserver(self.ram)
         self.preserver.limit = self.ram.pages * PAGE
-        self.refaults = Refaults(self.ram, self._leave, self.fetcher, self.preserver.coldness.came_back)
+        self.samples = Samples(self.ram.pages)
+        self.round = 0
+        self.refaults = Refaults(self.ram, self._leave, self.fetcher, self.samples.came_back)
 
     def __enter__(self) -> Self:
         return self
@@ -156,15 +163,23 @@ class Guest:
         os.pwrite(self.ram.backing.fd, data, pfn * PAGE)
 
     def begin(
-        self, members: dict[int, Member], seconds: float = 5.0, part: Run | None = None, *, drain: bool = False
+        self,
+        members: dict[int, Member],
+        seconds: float = 5.0,
+        part: Run | None = None,
+        *,
+        drain: bool = False,
+        sampled: bool = False,
+        most: int | None = None,
     ) -> Epoch:
         """An epoch over some pages, all of them in ``part`` if that is given; a test iterates its steps."""
         part = part or Run(0, self.ram.pages)
         wanted = np.zeros(part.pages, dtype=np.uint8)
         for pfn, member in members.items():
             wanted[pfn - part.start] = member
-        self.preserver.round += 1
-        self.epoch = Epoch(self.ram, self.prover, wanted, seconds, part.start, self.preserver, drain=drain)
+        self.round += 1
+        sampling = Sampling(self.samples, self.round, copies=sampled, most=most)
+        self.epoch = Epoch(self.ram, self.prover, wanted, seconds, part.start, self.preserver, sampling, drain=drain)
         return self.epoch
 
     def confirm_all(self, epoch: Epoch) -> None:
@@ -172,6 +187,19 @@ class Guest:
         free = np.ones(epoch.pages, dtype=np.bool_)
         assert epoch.confirm(epoch.identifier, 1, free)
         assert epoch.confirm(epoch.identifier, 2, free)
+
+    def stored(self) -> int:
+        """What the store occupies, once its file has taken what was asked of it."""
+        self.ram.store.begin(self.preserver.limit)
+        deadline = time.monotonic() + 10
+        while not self.ram.store.written(self.ram.store.asked):
+            assert time.monotonic() < deadline, "the store's file takes no more"
+        return self.ram.store.used_bytes()
+
+    def evict_store(self) -> None:
+        """Have the host's page cache hold nothing of a store that is a file."""
+        self.stored()
+        evict(self.ram.store.fd)
 
     def run(self, epoch: Epoch, *, confirm: bool = True) -> None:
         """Run an epoch to its end, confirming once it asks."""
@@ -188,6 +216,17 @@ def crc(data: bytes | bytearray) -> int:
 def block(seed: int) -> bytes:
     """4 KiB of reproducible noise."""
     return random.Random(seed).randbytes(PAGE)
+
+
+def evict(fd: int) -> None:
+    """Have the host's page cache hold nothing of a file."""
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def soft(pfn: int) -> bytes:
+    """A page that compresses, unlike any other."""
+    return block(pfn)[:700] + b"soft" * 849
 
 
 def write_layer(folder: Path, content: bytes, name: str = "golden.raw") -> tuple[Path, Path]:

@@ -41,7 +41,7 @@ async def test_what_the_pager_has_taken_reaches_the_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hva_host.agent.discarded_list.RESIDENCE_PAGES_MAX", 48)
+    monkeypatch.setattr("hva_host.agent.residences.RESIDENCE_PAGES_MAX", 48)
     guest = Guest(tmp_path / "hva")
     told = DiscardedList(PAGES, lambda: cast(GuestLink, guest), lambda: machine.pager)
     await machine.discard()

@@ -1,11 +1,11 @@
-"""LAYER becomes ZERO for pages the guest has freed: only on scans begun after the entry, only while absent."""
+"""Discarded pages the guest has freed become ZERO: only on scans begun after the entry, only while absent."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,30 +13,46 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hva_host.memory.layers import Layer, NotCached
+from hva_host.memory.layers import Layer
 from hva_host.memory.ledger import Counter
+from hva_host.memory.waiting import NotCached
 from hva_host.pager.epoch import Epoch, Phase, Step
 from hva_host.pager.membership import Member
 from hva_host.pager.restore import restore
 from hvaqemu.pages import Residence, Run
-from tests.kernel.harness import PAGE, PAGES, ZERO, Guest, block, crc, make_layer
+from tests.kernel.harness import PAGE, PAGES, ZERO, Guest, crc, make_layer, soft
 
 _PAGES = 16
 
 
 @pytest.fixture
-def discarded(guest: Guest, tmp_path: Path) -> Guest:
+def in_layer(cold_guest: Guest, tmp_path: Path) -> Guest:
     """Pages 0 to 15 come back from a layer."""
-    guest.ram.add_layer(make_layer(tmp_path, [block(i) for i in range(_PAGES)]))
-    discard(guest)
-    return guest
+    cold_guest.ram.add_layer(make_layer(tmp_path, [soft(i) for i in range(_PAGES)]))
+    discard(cold_guest, Residence.LAYER)
+    return cold_guest
 
 
-def discard(guest: Guest) -> None:
+@pytest.fixture
+def in_store(cold_guest: Guest) -> Guest:
+    """They come back from the store."""
+    discard(cold_guest, Residence.PRESERVED)
+    return cold_guest
+
+
+@pytest.fixture(params=["in_layer", "in_store"])
+def discarded(request: pytest.FixtureRequest) -> Guest:
+    """They come back from the one or the other."""
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Guest)
+    return found
+
+
+def discard(guest: Guest, kind: Residence, content: Callable[[int], bytes] = soft) -> None:
     for pfn in range(_PAGES):
-        guest.fill(pfn, block(pfn))
-    guest.run(guest.begin(dict.fromkeys(range(_PAGES), Member.COPY)))
-    assert kinds(guest) == [Residence.LAYER] * _PAGES
+        guest.fill(pfn, content(pfn))
+    guest.run(guest.begin(dict.fromkeys(range(_PAGES), Member.STABLE)))
+    assert kinds(guest) == [kind] * _PAGES
 
 
 def kinds(guest: Guest) -> list[int]:
@@ -70,11 +86,12 @@ def finish(steps: Iterator[Step]) -> None:
 
 def test_a_page_free_in_two_scans_becomes_zero(discarded: Guest) -> None:
     guest = discarded
+    kind = kinds(guest)[0]
     epoch = begin(guest, range(_PAGES))
     steps = to(Phase.CONFIRMING, epoch)
     assert epoch.wants_confirmation()
     assert epoch.confirm(epoch.identifier, 1, scan(1, 2, 3))
-    assert kinds(guest) == [Residence.LAYER] * _PAGES
+    assert kinds(guest) == [kind] * _PAGES
     assert epoch.confirm(epoch.identifier, 2, scan(2, 3, 4))
     finish(steps)
     assert [pfn for pfn, kind in enumerate(kinds(guest)) if kind == Residence.ZERO] == [2, 3]
@@ -88,12 +105,34 @@ def test_a_page_free_in_two_scans_becomes_zero(discarded: Guest) -> None:
     assert guest.checksum(2) == crc(ZERO)
     assert guest.ram.ledger.counters[Counter.LAYER_PAGES_LOADED] == loaded
     assert guest.checksum(3) == crc(ZERO)
-    assert [guest.checksum(pfn) for pfn in (1, 4, 9)] == [crc(block(pfn)) for pfn in (1, 4, 9)]
-    assert guest.ram.ledger.counters[Counter.LAYER_PAGES_LOADED] > loaded
+    assert [guest.checksum(pfn) for pfn in (1, 4, 9)] == [crc(soft(pfn)) for pfn in (1, 4, 9)]
+    assert (guest.ram.ledger.counters[Counter.LAYER_PAGES_LOADED] > loaded) == (kind == Residence.LAYER)
+
+
+def test_the_store_keeps_a_slot_until_its_last_page_is_freed(cold_guest: Guest) -> None:
+    guest = cold_guest
+    discard(guest, Residence.PRESERVED, lambda pfn: soft(pfn % 2))
+    assert guest.ram.store.used_bytes() == PAGE
+    # All of one content but the last, which is read; the other content stays.
+    for freed in ([0, 2, 4], [6, 8, 10, 12]):
+        epoch = begin(guest, freed)
+        guest.run(epoch)
+        assert epoch.counts["freed"] == len(freed)
+    # What was given back twice would be another page's now.
+    for pfn in range(20, 40):
+        guest.fill(pfn, soft(pfn))
+    guest.run(guest.begin(dict.fromkeys(range(20, 40), Member.STABLE)))
+    assert guest.checksum(14) == crc(soft(0))
+    assert [guest.checksum(pfn) for pfn in (0, 12)] == [crc(ZERO)] * 2
+    guest.run(begin(guest, range(1, 16, 2)))
+    assert [guest.checksum(pfn) for pfn in range(20, 40)] == [crc(soft(pfn)) for pfn in range(20, 40)]
+    assert guest.ram.store.used_bytes() == 0, "a slot that no page needs"
+    assert guest.ram.ledger.preserved == 0
 
 
 def test_nothing_is_turned_on_a_report_or_on_one_scan(discarded: Guest) -> None:
     guest = discarded
+    before = kinds(guest)
     earlier = begin(guest, range(_PAGES))
     guest.run(earlier, confirm=False)
     assert "did not confirm" in earlier.note
@@ -105,12 +144,12 @@ def test_nothing_is_turned_on_a_report_or_on_one_scan(discarded: Guest) -> None:
     assert epoch.confirm(epoch.identifier, 1, everything)
     assert not epoch.confirm(epoch.identifier, 1, everything)
     finish(steps)
-    assert kinds(guest) == [Residence.LAYER] * _PAGES
+    assert kinds(guest) == before
     assert epoch.counts["freed"] == 0
     # Not reported free, whatever the scans say.
     epoch = begin(guest, [PAGES - 1])
     guest.run(epoch)
-    assert kinds(guest) == [Residence.LAYER] * _PAGES
+    assert kinds(guest) == before
 
 
 @pytest.mark.parametrize("phase", [Phase.PROVING, Phase.CONFIRMING])
@@ -126,27 +165,27 @@ def test_a_page_touched_in_between_keeps_its_bytes(discarded: Guest, phase: Phas
     guest.confirm_all(epoch)
     finish(steps)
     assert kinds(guest)[5] == Residence.RESIDENT
-    assert guest.checksum(5) == crc(b"used-again" + block(5)[10:])
+    assert guest.checksum(5) == crc(b"used-again" + soft(5)[10:])
     assert kinds(guest)[15] == Residence.ZERO
 
 
-def test_an_entry_made_after_the_scans_began_is_not_turned(discarded: Guest) -> None:
+def test_an_entry_made_after_the_scans_began_is_not_turned(in_layer: Guest) -> None:
     """Came back, and was discarded again, all while the scans of this epoch were under way."""
-    guest = discarded
+    guest = in_layer
     epoch = begin(guest, range(_PAGES))
     steps = to(Phase.CONFIRMING, epoch)
     guest.confirm_all(epoch)
-    assert guest.checksum(7) == crc(block(7))
+    assert guest.checksum(7) == crc(soft(7))
     entry = np.array([guest.ram.ledger.entries[15] - np.uint64(8)], dtype=np.uint64)
     guest.ram.discard(np.array([7]), entry, [Run(7, 1)])
     finish(steps)
     assert kinds(guest)[7] == Residence.LAYER
     assert kinds(guest)[15] == Residence.ZERO
-    assert guest.checksum(7) == crc(block(7))
+    assert guest.checksum(7) == crc(soft(7))
 
 
-def test_a_fetch_under_way_brings_no_old_bytes(discarded: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    guest = discarded
+def test_a_fetch_under_way_brings_no_old_bytes(in_layer: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = in_layer
     read, go_on = Layer.read, threading.Event()
 
     def slow(layer: Layer, block: int, count: int, into: memoryview, *, wait: bool) -> None:
@@ -172,12 +211,13 @@ def test_a_fetch_under_way_brings_no_old_bytes(discarded: Guest, monkeypatch: py
 
 def test_an_abandoned_epoch_turns_nothing(discarded: Guest) -> None:
     guest = discarded
+    before = kinds(guest)
     epoch = begin(guest, range(_PAGES))
     steps = to(Phase.CONFIRMING, epoch)
     guest.confirm_all(epoch)
     epoch.abandon("why not")
     finish(steps)
-    assert kinds(guest) == [Residence.LAYER] * _PAGES
+    assert kinds(guest) == before
 
 
 def test_a_restore_brings_zeros_for_what_was_turned(discarded: Guest) -> None:
@@ -189,7 +229,7 @@ def test_a_restore_brings_zeros_for_what_was_turned(discarded: Guest) -> None:
             guest.refaults.fetched(result)
     assert kinds(guest) == [Residence.RESIDENT] * _PAGES
     assert [guest.checksum(pfn) for pfn in range(8)] == [crc(ZERO)] * 8
-    assert [guest.checksum(pfn) for pfn in range(8, _PAGES)] == [crc(block(pfn)) for pfn in range(8, _PAGES)]
+    assert [guest.checksum(pfn) for pfn in range(8, _PAGES)] == [crc(soft(pfn)) for pfn in range(8, _PAGES)]
 
 
 actions = st.lists(
@@ -204,28 +244,36 @@ actions = st.lists(
     plan=actions,
     free=st.lists(st.sampled_from([True, True, False]), min_size=_PAGES, max_size=_PAGES),
     slice_pages=st.sampled_from([1, 3, 512]),
+    kind=st.sampled_from([Residence.LAYER, Residence.PRESERVED]),
 )
 def test_no_interleaving_changes_a_byte_that_matters(
-    guest: Guest,
+    cold_guest: Guest,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[str, int]],
     free: list[bool],
     slice_pages: int,
+    kind: Residence,
 ) -> None:
     """A guest that frees, allocates, writes and reads at every point where the pager gives way.
 
     It reads only what it has written since it allocated the page, or what it never freed.
     """
+    guest = cold_guest
+
+    def first(pfn: int) -> bytes:
+        # What is paged out is not what the layer holds, and some of it is alike.
+        return soft(pfn) if kind is Residence.LAYER else soft(100 + pfn // 2)
+
     if not guest.ram.layers:
-        guest.ram.add_layer(make_layer(tmp_path_factory.mktemp("layer"), [block(i) for i in range(_PAGES)]))
+        guest.ram.add_layer(make_layer(tmp_path_factory.mktemp("layer"), [soft(i) for i in range(_PAGES)]))
     monkeypatch.setattr("hva_host.pager.freed._CHUNK_PAGES", slice_pages)
     guest.epoch = None
     guest.ram.backing.punch(Run(0, PAGES))
-    guest.ram.ledger.erase(0, guest.ram.pages)
-    discard(guest)
+    guest.ram.erase(0, guest.ram.pages)
+    discard(guest, kind, first)
     #: None: not known, because it was free since it was written.
-    model: list[bytes | None] = [None if free[pfn] else block(pfn) for pfn in range(_PAGES)]
+    model: list[bytes | None] = [None if free[pfn] else first(pfn) for pfn in range(_PAGES)]
     free = list(free)
     epoch = begin(guest, range(_PAGES))
     plan = list(plan)
@@ -260,3 +308,6 @@ def test_no_interleaving_changes_a_byte_that_matters(
     for pfn, known in enumerate(model):
         if known is not None:
             assert guest.checksum(pfn) == crc(known), pfn
+    for pfn in range(_PAGES):
+        guest.checksum(pfn)
+    assert guest.ram.store.used_bytes() == 0, "a slot that no page needs"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hva_host.memory.ledger import ZERO_ENTRY, layer_entry
+from hva_host.memory.ledger import ZERO_ENTRY, Counter, layer_entry
 from hva_host.pager.fetch import Fetched
 from hva_host.pager.membership import Member
 from hvaqemu.pages import Run
@@ -150,13 +150,15 @@ def test_a_block_not_in_the_page_cache_is_fetched_by_the_helper(guest: Guest, tm
     os.sync()
     os.posix_fadvise(layer.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     assert guest.checksum(13) == crc(blocks[13])
+    assert guest.ram.ledger.counters[Counter.REFAULTS] == 1
+    assert guest.ram.ledger.counters[Counter.LAYER_REFAULTS] == 1
 
 
 def test_a_fetch_overtaken_by_a_fill_changes_nothing(guest: Guest, tmp_path: Path) -> None:
     blocks = discard_layer(guest, tmp_path)
-    entry = int(guest.ram.ledger.entries[2])
+    entries = guest.ram.ledger.entries[2:3].copy()
     assert guest.checksum(2) == crc(blocks[2])
     guest.write(2, "newer")
     after = guest.checksum(2)
-    guest.refaults.fetched(Fetched("golden", Run(2, 1), entry, memoryview(bytearray(blocks[2]))))
+    guest.refaults.fetched(Fetched("golden", Run(2, 1), entries, memoryview(bytearray(blocks[2]))))
     assert guest.checksum(2) == after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from io import FileIO
@@ -15,20 +14,14 @@ from hva_host.memory.index import LayerIndex, StaleIndexError, fingerprint_file
 from hva_host.memory.ledger import LayerRecord
 from hva_host.memory.native import LayerTable, fingerprints
 from hva_host.memory.preloaded import preloaded
+from hva_host.memory.waiting import NotCached, can_refuse_to_wait, in_memory
 from hvaqemu.errors import HostError
 from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SHIFT, PAGE_SIZE
 
-#: File systems that refuse RWF_NOWAIT and yet never wait.
-_IN_MEMORY = ("tmpfs", "ramfs")
-
 
 class LayerBetrayed(HostError):
     """A layer no longer holds the bytes it held when pages were discarded against it. They must not be served."""
-
-
-class NotCached(Exception):
-    """The host's page cache does not hold the block; reading it will wait for the disk."""
 
 
 class Layer:
@@ -48,8 +41,8 @@ class Layer:
         self.file = file
         self.fd = file.fileno()
         self.status = os.fstat(self.fd)
-        self._nowait = _can_refuse_to_wait(self.fd)
-        self._in_memory = _file_system(self.status.st_dev) in _IN_MEMORY
+        self._nowait = can_refuse_to_wait(self.fd)
+        self._in_memory = in_memory(self.status.st_dev)
 
     def record(self) -> LayerRecord:
         """What the ledger must keep of this layer."""
@@ -135,24 +128,3 @@ def open_image(path: Path) -> FileIO:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise HostError(f"layer {path}: not a regular file")
     return file
-
-
-def _can_refuse_to_wait(fd: int) -> bool:
-    """Can a read of this file fail instead of waiting for the disk (preadv2(2), RWF_NOWAIT)?"""
-    try:
-        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        return error.errno != errno.EOPNOTSUPP
-    return True
-
-
-def _file_system(device: int) -> str:
-    """The type of the file system mounted from a device number, "" if it is not known (proc_pid_mountinfo(5))."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return ""
-    return next((line.split(" - ")[1].split()[0] for line in lines if line.split()[2] == number), "")

@@ -88,8 +88,12 @@ class Counter(enum.IntEnum):
     FIRST_TOUCHES = 5
     #: Pages that refaults and read-ahead brought from a layer.
     LAYER_PAGES_LOADED = 6
-    #: LAYER entries that became ZERO because the guest had freed the page.
+    #: LAYER and PRESERVED entries that became ZERO because the guest had freed the page.
     FREED_PAGES = 7
+    #: Of the refaults, those answered with zeros, from a layer, and from the compressed store.
+    ZERO_REFAULTS = 8
+    LAYER_REFAULTS = 9
+    PRESERVED_REFAULTS = 10
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,11 @@ def entry_granules(entry: int) -> int:
 def entry_check(entry: int) -> int:
     """The low :data:`CHECK_BITS` bits of the checksum of a PRESERVED entry's page."""
     return entry >> _CHECK_SHIFT & _CHECK_MASK
+
+
+def entry_kinds(entries: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """:func:`entry_kind` of each of ``entries``; shape ``(n,)``."""
+    return (entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
 
 
 def preserved_of(entries: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -237,17 +246,19 @@ class Ledger:
         kinds = np.bincount((entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8), minlength=_KINDS)
         self._totals = [total + int(more) for total, more in zip(self._totals, kinds, strict=True)]
 
-    def turn_to_zero(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> int:
-        """Store ZERO for the pages whose entry still is the LAYER one in ``entries``; shapes ``(n,)``; how many."""
-        same = pfns[self.entries[pfns] == entries]
-        self.entries[same] = ZERO_ENTRY
-        self._totals[Residence.LAYER] -= len(same)
-        self._totals[Residence.ZERO] += len(same)
-        return len(same)
+    def turn_to_zero(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Store ZERO for the pages whose entry still is the one in ``entries`` (shapes ``(n,)``); what theirs were."""
+        same = self.entries[pfns] == entries
+        turned: NDArray[np.uint64] = entries[same]
+        self.entries[pfns[same]] = ZERO_ENTRY
+        kinds = np.bincount((turned >> np.uint64(_KIND_SHIFT)).astype(np.uint8), minlength=_KINDS).tolist()
+        self._totals = [total - less for total, less in zip(self._totals, kinds, strict=True)]
+        self._totals[Residence.ZERO] += len(turned)
+        return turned
 
     def kinds(self, pfns: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
         """The :class:`Residence` that entries name, 0 where there is none, other numbers where one is damaged."""
-        return (self.entries[pfns] >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
+        return entry_kinds(self.entries[pfns])
 
     def erase(self, start: int, count: int) -> int:
         """Drop the entries of ``count`` pages from ``start`` on; how many had one."""
@@ -264,8 +275,7 @@ class Ledger:
 
     def count_totals(self) -> None:
         """Count the totals anew from the entries."""
-        kinds = (self.entries >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
-        self._totals = np.bincount(kinds, minlength=_KINDS).tolist()
+        self._totals = np.bincount(entry_kinds(self.entries), minlength=_KINDS).tolist()
 
     def totals(self) -> dict[Residence, int]:
         """Pages whose entry names each non-resident residence."""

@@ -1,6 +1,8 @@
-"""Runs of pages in numpy masks."""
+"""Runs and pieces of pages in numpy arrays."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,3 +26,9 @@ def runs_of_pfns(pfns: NDArray[np.int64]) -> list[Run]:
     starts = pfns[np.concatenate(([0], breaks))]
     counts = np.diff(np.concatenate(([0], breaks, [len(pfns)])))
     return [Run(start, count) for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
+
+
+def chunks_of(pfns: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """``pfns`` (shape ``(n,)``) in pieces of ``size``, the last one perhaps smaller; views."""
+    for start in range(0, len(pfns), size):
+        yield pfns[start : start + size]

@@ -98,6 +98,14 @@ class Slots:
         self._words[place] += 1
         return True
 
+    def pin(self, place: int) -> bool:
+        """Count a further use of a slot, which :meth:`free` takes back, however many it has; False: there is none."""
+        if place >= self.capacity or not 0 < self._words[place] <= _COUNTLESS:
+            return False
+        # One that can not be counted stays as it is, until the next pager counts anew.
+        self._words[place] = min(self._words[place] + 1, _COUNTLESS)
+        return True
+
     def free(self, place: int, granules: int) -> bool:
         """Count a use less; was it the last? A slot that nobody counted is left as it is."""
         if granules == 0 or place + granules > self.capacity:

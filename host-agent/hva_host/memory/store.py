@@ -1,22 +1,24 @@
-"""The compressed store: bytes of pages that are neither zeros nor in a layer, in a memfd that lives as long as QEMU.
+"""The compressed store: bytes of pages that are neither zeros nor in a layer, in a file that lives as long as QEMU.
 
 A slot begins with the XXH3-64 of its page and the length of the compressed bytes that follow. Zstandard, because on a
 guest's own pages it needs two thirds of what LZ4 needs, and a page that was chosen for being cold comes back 5 µs later
 for it (docs/design.md has both figures).
 
-Ordering, which whoever calls keeps: bytes are written (:meth:`Store.put`) before the ledger entry, the entry before the
-page is punched; a slot is freed (:meth:`Store.free`) only once the page is filled and its entry erased. So whoever is
-killed in between leaves a slot without entry, which the next pager finds free, or an entry of a present page, and
-presence wins.
+Ordering, which whoever calls keeps: bytes are written (:meth:`Store.put`, :meth:`Store.written`) before the ledger
+entry, the entry before the page is punched; a slot is freed (:meth:`Store.free`) only once the page is filled and its
+entry erased. So whoever is killed in between leaves a slot without entry, which the next pager finds free, or an entry
+of a present page, and presence wins.
 
-The memfd lies in QEMU's table, so a compromised QEMU could write, cut or lengthen it. It is only ever read with
-``pread``; whatever is found is bounded and checked before it is served.
+The file is a memfd, or one on a disk (:mod:`hva_host.memory.medium`). It lies in QEMU's table, so a compromised QEMU
+could write, cut or lengthen it, and a disk may lose what it was given. It is only ever read with ``pread``; whatever is
+found is bounded and checked before it is served.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 
 import numpy as np
@@ -34,10 +36,12 @@ from hva_host.memory.ledger import (
     preserved_entry,
     preserved_of,
 )
+from hva_host.memory.medium import InMemory, Medium, OnDisk
 from hva_host.memory.slots import GRANULE, Slots, StoreFull
+from hva_host.memory.waiting import NotCached
 from hvaqemu.errors import HostError
 from hvaqemu.faultpoints import reach
-from hvaqemu.pages import PAGE_SHIFT, PAGE_SIZE, Run
+from hvaqemu.pages import PAGE_SHIFT, PAGE_SIZE
 
 _HEADER = struct.Struct("=QH")
 _LEVEL = 1
@@ -56,13 +60,16 @@ class StoreBetrayed(HostError):
 class Store:
     """The store of one VM.
 
-    :param fd: the memfd; owned from now on.
+    :param fd: its file; owned from now on.
     :param pages: of guest RAM.
+    :param on_disk: it is a file on a disk, not a memfd.
     """
 
-    def __init__(self, fd: int, pages: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, pages: int, *, on_disk: bool = False) -> None:
+        self.fd = fd
+        self.on_disk = on_disk
         self._file = Backing(fd)
+        self._medium: Medium = OnDisk(fd) if on_disk else InMemory(fd)
         self._slots = Slots(pages)
         self._pages = pages
         # Parameters for inputs of a page: tables of 8 KiB instead of a megabyte.
@@ -108,11 +115,13 @@ class Store:
         :param limit: bytes the store may occupy.
         """
         self._slots.rewind(limit // GRANULE)
+        self._medium.forgive()
 
     def put(self, page: memoryview) -> int:
         """Write a page's bytes, or find them written; the ledger entry for it, 0 where they are not worth it.
 
-        The slot has a use more from now on, which :meth:`free` takes back.
+        The slot has a use more from now on, which :meth:`free` takes back. The entry may be used once
+        :meth:`written` says so of the number of writes there are now, :attr:`asked`.
 
         :param page: a copy that nobody changes, 4096 bytes.
         :raise StoreFull: there is no room for it.
@@ -128,28 +137,65 @@ class Store:
         place = self._slots.allocate(granules)
         entry = preserved_entry(place, granules, checksum)
         try:
-            reach("store.write")
-            written = os.pwrite(self._fd, _HEADER.pack(checksum, len(data)) + data, place * GRANULE)
+            self._medium.write(place * GRANULE, _HEADER.pack(checksum, len(data)) + data)
         except OSError as error:
             self._take_back(entry)
-            raise StoreFull(f"the store can not be written: {error.strerror}") from error
-        if written != size:
-            self._take_back(entry)
-            raise StoreFull("the store can not be written: no room")
+            raise _full(error) from error
         self._alike[checksum & self._line_mask] = entry
         return entry
+
+    @property
+    def asked(self) -> int:
+        """How much has been asked of the file: what :meth:`put` returned before depends on no more than that."""
+        return self._medium.asked
+
+    def written(self, number: int) -> bool:
+        """Was what had been asked for when :attr:`asked` was ``number`` carried out?
+
+        :raise StoreFull: it could not be, or nothing is tried any more since something before could not be.
+        """
+        try:
+            return self._medium.carried_out(number)
+        except OSError as error:
+            raise _full(error) from error
 
     def get(self, entry: int, into: memoryview) -> None:
         """The bytes of a page, checked, into the first 4096 bytes of ``into``.
 
         :raise StoreBetrayed: they are not what was written, or the entry is none of a slot.
+        :raise NotCached: the disk would have to be waited for; see :meth:`pin`.
         """
         place, granules = entry_place(entry), entry_granules(entry)
         try:
             reach("store.read")
-            data = os.pread(self._fd, granules * GRANULE, place * GRANULE)
+            data = self._medium.read(place * GRANULE, granules * GRANULE)
         except OSError as error:
             raise StoreBetrayed(f"slot {place} can not be read: {error.strerror}") from error
+        self.decode(entry, data, into)
+
+    def pin(self, entries: Iterable[int]) -> list[int]:
+        """Keep slots from being used for anything else while a helper thread reads them; :meth:`free` lets go of those
+        returned. Nonsense among ``entries`` is left out."""
+        return [entry for entry in entries if entry_granules(entry) and self._slots.pin(entry_place(entry))]
+
+    def read_waiting(self, entry: int) -> bytes:
+        """For a helper thread: what a slot holds, for :meth:`decode`, however long that takes.
+
+        :raise StoreBetrayed: it can not be read.
+        """
+        place = entry_place(entry)
+        try:
+            reach("store.fetch")
+            return os.pread(self.fd, entry_granules(entry) * GRANULE, place * GRANULE)
+        except OSError as error:
+            raise StoreBetrayed(f"slot {place} can not be read: {error.strerror}") from error
+
+    def decode(self, entry: int, data: bytes, into: memoryview) -> None:
+        """The page in what was read of its slot, checked, into the first 4096 bytes of ``into``.
+
+        :raise StoreBetrayed: it is not what was written, or the entry is none of a slot.
+        """
+        place = entry_place(entry)
         if len(data) <= _HEADER.size:
             raise StoreBetrayed(f"slot {place} is beyond its end")
         checksum, size = _HEADER.unpack_from(data)
@@ -185,10 +231,7 @@ class Store:
 
     def _punch(self, start: int, stop: int) -> None:
         for run in self._slots.empty_pages(start, stop):
-            # What stays is used again, or given back by the next pager.
-            with suppress(OSError):
-                reach("store.punch")
-                self._file.punch(Run(run.start, run.pages))
+            self._medium.punch(run)
 
     def _shared(self, checksum: int, page: memoryview) -> int:
         """The entry of a slot that holds these very bytes, with a use more; 0 where none is known."""
@@ -198,7 +241,11 @@ class Store:
         found = bytearray(PAGE_SIZE)
         try:
             self.get(entry, memoryview(found))
-        except StoreBetrayed:
+        except (StoreBetrayed, NotCached):
             return 0
         # Compared, because XXH3 can be made to collide.
         return entry if found == page and self._slots.share(entry_place(entry)) else 0
+
+
+def _full(error: OSError) -> StoreFull:
+    return StoreFull(f"the store can not be written: {error.strerror}")

@@ -6,16 +6,18 @@ unprotect everything → wake everyone (re-delivers what a dead pager had read a
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from hva_host.memory.backing import Backing
 from hva_host.memory.layers import LayerBetrayed
 from hva_host.memory.ledger import LEDGER_NAME, Ledger, recorded_ram
 from hva_host.memory.store import Store
+from hva_host.memory.store_file import STORE_AT_NAME, STORE_NAME, store_identity
 from hva_host.memory.syscalls import pidfd_getfd
 from hva_host.memory.userfaultfd import Userfaultfd
 from hva_host.pager import refusals
-from hva_host.pager.process_files import descriptors
+from hva_host.pager.process_files import descriptors, take_file
 from hva_host.pager.ram import Ram
 from hva_host.pager.sources import Sources
 from hvaqemu.errors import HostError, PeerLost, RefusedError
@@ -24,8 +26,10 @@ from hvaqemu.pages import PAGE_SHIFT, Run
 
 _UFFD = "anon_inode:[userfaultfd]"
 _LEDGER = f"/memfd:{LEDGER_NAME} (deleted)"
-_STORE = "/memfd:hva-store (deleted)"
-_RAM = "/memfd:memory-backend-memfd (deleted)"
+_STORE = f"/memfd:{STORE_NAME} (deleted)"
+_STORE_AT = f"/memfd:{STORE_AT_NAME} (deleted)"
+#: The descriptor of a guest's RAM in the table of its QEMU.
+RAM_LINK = "/memfd:memory-backend-memfd (deleted)"
 
 
 def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
@@ -38,8 +42,8 @@ def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
     """
     links = descriptors(pid)
     ledger_fd = _take(pidfd, links, _LEDGER, f"process {pid} has no ledger: it runs without the shim")
-    store_fd = _take(pidfd, links, _STORE, f"process {pid} has no store: it runs without the shim")
-    ram_fd = _take(pidfd, links, _RAM, f"process {pid} has no guest RAM in a memfd", recorded_ram(ledger_fd))
+    store_fd, on_disk = _take_store(pid, pidfd, links)
+    ram_fd = _take(pidfd, links, RAM_LINK, f"process {pid} has no guest RAM in a memfd", recorded_ram(ledger_fd))
     uffd = Userfaultfd(_take(pidfd, links, _UFFD, f"process {pid} has no userfaultfd: it runs without the shim"))
     backing = Backing(ram_fd)
     base = refusals.mapped_at(pid, backing)
@@ -51,7 +55,7 @@ def attach(pid: int, pidfd: int, sources: Sources) -> Ram:
     uffd.handshake()
     uffd.register(base, backing.pages << PAGE_SHIFT)
     reach("pager.attach.registered")
-    ram = Ram(uffd, base, backing, ledger, Store(store_fd, backing.pages))
+    ram = Ram(uffd, base, backing, ledger, Store(store_fd, backing.pages, on_disk=on_disk))
     _open_layers(ram, sources)
     ram.erase_present(0, ram.pages)
     reach("pager.attach.erased")
@@ -94,6 +98,25 @@ def _take(pidfd: int, links: dict[int, str], wanted: str, missing: str, inode: i
         os.close(taken[0])
         raise RefusedError(f"QEMU has several {wanted}", "one RAM backend and one shim are supported")
     return taken[0]
+
+
+def _take_store(pid: int, pidfd: int, links: dict[int, str]) -> tuple[int, bool]:
+    """The store's descriptor; is it a file on a disk?
+
+    A compromised QEMU can have us take any file that it has open for writing itself, and no other.
+    """
+    missing = f"process {pid} has no store: it runs without the shim"
+    if _STORE_AT not in links.values():
+        return _take(pidfd, links, _STORE, missing), False
+    where = _take(pidfd, links, _STORE_AT, missing)
+    try:
+        device, inode = store_identity(where)
+    finally:
+        os.close(where)
+    file = take_file(pid, pidfd, device, inode)
+    if file is None or fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise RefusedError(f"process {pid} does not have the file of its store open", refusals.SHIM_HINT)
+    return os.dup(file.fileno()), True
 
 
 def _open_layers(ram: Ram, sources: Sources) -> None:

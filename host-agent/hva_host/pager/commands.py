@@ -24,6 +24,7 @@ from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
 from hva_host.pager.refaults import Refaults
 from hva_host.pager.restore import restore
+from hva_host.pager.sampling import Samples, Sampling
 from hva_host.pager.server import Client, Server
 from hva_host.pager.sources import Sources
 from hva_host.pager.work import Work
@@ -50,7 +51,7 @@ class Commands:
         pid: int,
         ram: Ram,
         refaults: Refaults,
-        preserver: Preserver,
+        samples: Samples,
         fetcher: Fetcher,
         beside: Beside,
         work: Work,
@@ -60,7 +61,8 @@ class Commands:
         self._pid = pid
         self._ram = ram
         self._refaults = refaults
-        self._preserver = preserver
+        self._samples = samples
+        self._preserver = Preserver(ram)
         self._fetcher = fetcher
         self._beside = beside
         self._work = work
@@ -227,10 +229,16 @@ class Commands:
         self._work.refuse_when_busy()
         refusals.refuse(self._pid, self._ram.backing)
         wanted = np.frombuffer(payload, np.uint8)
-        self._preserver.limit, self._preserver.round = int(arguments.get("store", 0)), int(arguments.get("round", 0))
+        self._preserver.limit = int(arguments.get("store", 0))
         seconds, first = float(arguments["seconds"]), int(arguments["first"])
-        drain = bool(arguments.get("drain"))
-        epoch = Epoch(self._ram, self._prover, wanted, seconds, first, self._preserver, drain=drain)
+        drain, most = bool(arguments.get("drain")), arguments.get("most")
+        sampling = Sampling(
+            self._samples,
+            int(arguments.get("round", 0)),
+            copies=bool(arguments.get("sampled")),
+            most=None if most is None else int(most),
+        )
+        epoch = Epoch(self._ram, self._prover, wanted, seconds, first, self._preserver, sampling, drain=drain)
         self._work.begin(epoch.steps(), lambda: self._epoch_done(epoch), epoch)
         return {"number": epoch.number}
 
@@ -334,11 +342,16 @@ class Commands:
             "refault_pages": int(counters[Counter.REFAULT_PAGES]),
             "layer_pages_loaded": int(counters[Counter.LAYER_PAGES_LOADED]),
             "freed_pages": int(counters[Counter.FREED_PAGES]),
+            "zero_refaults": int(counters[Counter.ZERO_REFAULTS]),
+            "layer_refaults": int(counters[Counter.LAYER_REFAULTS]),
+            "preserved_refaults": int(counters[Counter.PRESERVED_REFAULTS]),
             "discarded_pages": int(counters[Counter.DISCARDED_PAGES]),
             "first_touches": int(counters[Counter.FIRST_TOUCHES]),
             "write_faults": int(counters[Counter.WRITE_FAULTS]),
             "epochs": int(counters[Counter.EPOCHS]),
             "store_bytes": self._ram.store.used_bytes(),
+            "store_file": self._ram.store.fd if self._ram.store.on_disk else None,
+            "cold_pages": self._samples.copies.cold + self._samples.stable.cold,
             "stalls": self._refaults.stalls.as_dict(),
             "phase": epoch.phase if epoch else Phase.DONE,
             "held": self._held(),

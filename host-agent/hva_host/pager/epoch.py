@@ -29,13 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hva_host.memory.ledger import ZERO_ENTRY, Counter, preserved_of
-from hva_host.memory.runs import runs_of_pfns
+from hva_host.memory.runs import chunks_of, runs_of_pfns
 from hva_host.pager.freed import Freed
 from hva_host.pager.membership import SWAP_CACHE, Member, Membership
-from hva_host.pager.preserve import SLICE_PAGES, Preserver
+from hva_host.pager.preserve import BEHIND_MAX, SLICE_PAGES, Preserved, Preserver
 from hva_host.pager.protection import Protection
 from hva_host.pager.prove import Prover
 from hva_host.pager.ram import Ram
+from hva_host.pager.sampling import Sampling
+from hva_host.pager.selection import Selection
 from hvaqemu.faultpoints import reach
 
 IDENTIFIER_BYTES = 16
@@ -80,6 +82,7 @@ class Epoch:
         ``(n,)``; pages that are not RESIDENT are ignored.
     :param seconds: how long pages may stay protected.
     :param preserver: pages out what is STABLE; None: such pages are only compared.
+    :param sampling: which pages are tried; None: every free one and every copy, and no other.
     :param drain: wait for :meth:`drained` before anything is compared.
     :ivar identifier: what confirmations must answer; empty until the pages are protected.
     """
@@ -92,6 +95,7 @@ class Epoch:
         seconds: float,
         first: int = 0,
         preserver: Preserver | None = None,
+        sampling: Sampling | None = None,
         *,
         drain: bool = False,
     ) -> None:
@@ -113,6 +117,7 @@ class Epoch:
         self._ram = ram
         self._prover = prover
         self._preserver = preserver
+        self._sampling = sampling
         self._draining = drain
         self._freed = Freed(ram, wanted == Member.UNUSED, first)
         self._first = first
@@ -121,6 +126,7 @@ class Epoch:
         resident = ram.ledger.entries[first : first + len(wanted)] == 0
         self._members = Membership(np.where(resident, wanted & ~np.uint8(SWAP_CACHE), np.uint8(Member.OUT)), first)
         self._abandoned = False
+        self._selection = Selection(ram, prover, self._members, sampling, self.counts, pages_out=preserver is not None)
         self._protection = Protection(ram, self._members, first + len(wanted))
         self._confirmed: dict[int, NDArray[np.bool_]] = {}
 
@@ -181,8 +187,8 @@ class Epoch:
         """
         began = time.monotonic()
         try:
-            yield from self._choose_stable()
-            yield from self._sift()
+            for _ in self._selection.steps():
+                yield Step.WORK
             reach("pager.epoch.sifted")
             if self._abandoned:
                 # Meanwhile, what was still being chosen from was no member yet.
@@ -226,27 +232,6 @@ class Epoch:
             if step is Step.CONFIRM:
                 self.seconds[name] += time.monotonic() - waiting
 
-    def _choose_stable(self) -> Iterator[Step]:
-        """Leave in what is worth paging out now; the rest is what it would be if nobody had asked for STABLE."""
-        stable, either = self._members.of(Member.STABLE), self._members.of(Member.COPY_OR_STABLE)
-        self._members.set(stable, Member.SIFT)
-        self._members.set(either, Member.COPY)
-        if self._preserver is None or not len(stable) + len(either):
-            return
-        for choice in self._preserver.choose(np.sort(np.concatenate([stable, either]))):
-            self._members.set(choice.pfns, Member.STABLE)
-            self.counts["later"] += choice.later
-            self.counts["resting"] += choice.resting
-            yield Step.WORK
-
-    def _sift(self) -> Iterator[Step]:
-        pfns = self._members.of(Member.SIFT)
-        self._members.set(pfns, Member.OUT)
-        for chunk in _chunks(pfns, self._prover.pages):
-            promising = chunk[self._prover.look_zero(chunk)]
-            self._members.set(promising, Member.COPY)
-            yield Step.WORK
-
     def _protect(self) -> Iterator[Step]:
         self.phase = Phase.PROTECTING
         for _ in self._protection.protect(lambda: self._late("the deadline came before all pages were protected")):
@@ -269,7 +254,7 @@ class Epoch:
             if not len(pfns):
                 break
             waited = False
-            for chunk in _chunks(pfns, self._prover.pages):
+            for chunk in chunks_of(pfns, self._prover.pages):
                 chunk = self._members.still(chunk, Member.COPY, Member.STABLE)
                 waited |= self._prove_chunk(chunk)
                 yield Step.WORK
@@ -296,6 +281,8 @@ class Epoch:
         unmatched = pfns[~proven & ~postponed]
         stable = self._members.still(unmatched, Member.STABLE)
         self.counts["unmatched"] += len(unmatched) - len(stable)
+        if self._sampling is not None:
+            self._sampling.stayed(np.setdiff1d(unmatched, stable, assume_unique=True))
         self._members.set(pfns[~postponed], Member.OUT)
         self._members.set(stable, Member.NO_COPY)
         return bool(np.any(postponed))
@@ -306,30 +293,46 @@ class Epoch:
             return
         self.phase = Phase.PRESERVING
         self._preserver.begin()
-        for chunk in _chunks(pfns, SLICE_PAGES):
-            if self._preserve_chunk(self._preserver, self._members.still(chunk, Member.NO_COPY)):
-                break
-            yield Step.WORK
-            if self._late("the deadline came before all stable pages were compressed"):
-                break
+        try:
+            yield from self._preserve_chunks(self._preserver, chunks_of(pfns, SLICE_PAGES))
+        finally:
+            self._preserver.drop()
         self._give_up(Member.NO_COPY, "unpreserved")
 
-    def _preserve_chunk(self, preserver: Preserver, pfns: NDArray[np.int64]) -> bool:
-        """Page out what of ``pfns`` is worth it; answers whether the store is full."""
-        if not len(pfns):
-            return False
-        entries, full = preserver.preserve(pfns)
+    def _preserve_chunks(self, preserver: Preserver, chunks: Iterator[NDArray[np.int64]]) -> Iterator[Step]:
+        while True:
+            behind = preserver.under_way > BEHIND_MAX
+            chunk = None if behind else next(chunks, None)
+            if chunk is not None:
+                preserver.compress(self._members.still(chunk, Member.NO_COPY))
+            for preserved in preserver.written():
+                if self._discard_preserved(preserved):
+                    return
+            if chunk is None and not preserver.under_way:
+                return
+            yield Step.WORK if chunk is not None else Step.DISK
+            if self._late("the deadline came before all stable pages were compressed"):
+                return
+
+    def _discard_preserved(self, preserved: Preserved) -> bool:
+        """Page out what is still in of pages whose bytes are in the store; answers whether that is full."""
         reach("pager.preserve.written")
-        stored = entries != 0
+        stays = preserved.pfns[preserved.entries == 0]
+        still = self._members.still(preserved.pfns, Member.NO_COPY)
+        stored = np.isin(preserved.pfns, still) & (preserved.entries != 0)
+        # What has left meanwhile may have other bytes by now.
+        self._ram.store.free(preserved.entries[~stored])
         # No event was answered since the membership was looked at: all of these are still in, with these bytes.
-        self._discard(pfns[stored], entries[stored])
-        preserver.coldness.went(pfns[stored])
-        self._members.set(pfns[stored], Member.OUT)
-        if full:
-            self.note = self.note or full
+        self._discard(preserved.pfns[stored], preserved.entries[stored])
+        self._members.set(preserved.pfns[stored], Member.OUT)
+        if preserved.full:
+            self.note = self.note or preserved.full
             self.counts["later"] = 0
             return True
-        self._give_up_pages(pfns[~stored], "unpreserved")
+        stays = self._members.still(stays, Member.NO_COPY)
+        if self._sampling is not None:
+            self._sampling.stayed(stays)
+        self._give_up_pages(stays, "unpreserved")
         return False
 
     def _await_confirmation(self) -> Iterator[Step]:
@@ -343,7 +346,7 @@ class Epoch:
         self.phase = Phase.DISCARDING
         if len(self._confirmed) == CONFIRM_ROUNDS:
             free = np.logical_and.reduce(list(self._confirmed.values()))
-            for chunk in _chunks(self._members.chosen(free, Member.UNUSED), _DISCARD_PAGES):
+            for chunk in chunks_of(self._members.chosen(free, Member.UNUSED), _DISCARD_PAGES):
                 chunk = self._members.still(chunk, Member.UNUSED)
                 self._discard(chunk, np.full(len(chunk), ZERO_ENTRY, dtype=np.uint64))
                 self._members.set(chunk, Member.OUT)
@@ -371,6 +374,8 @@ class Epoch:
         if not len(pfns):
             return
         self._ram.discard(pfns, entries, runs_of_pfns(pfns))
+        if self._sampling is not None:
+            self._sampling.went(pfns, entries)
         zero, store = int(np.count_nonzero(entries == np.uint64(ZERO_ENTRY))), len(preserved_of(entries))
         self.counts["proven"] += len(pfns)
         self.counts["discarded_zero"] += zero
@@ -388,8 +393,3 @@ class Epoch:
     def _unprotect(self) -> Iterator[Step]:
         for _ in self._protection.unprotect():
             yield Step.WORK
-
-
-def _chunks(pfns: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(pfns), size):
-        yield pfns[start : start + size]

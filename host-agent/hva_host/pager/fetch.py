@@ -1,7 +1,9 @@
-"""Layer blocks that must come from the disk are read in a helper thread, so that no other fault waits for them.
+"""What must come from the disk is read in a helper thread, so that no other fault waits for it: blocks of layers, and
+slots of a store that is a file.
 
-The helper reads and never applies: what it brings carries the ledger entry it was fetched for, and the pager's own
-thread uses it only if the entry is still the same.
+The helper reads and never applies: what it brings carries the ledger entries it was fetched for, and the pager's own
+thread uses it only if they are still the same. A layer's entry names bytes that never change; a slot of the store is
+pinned meanwhile, so that the same entry can not come to name another page's.
 """
 
 from __future__ import annotations
@@ -9,20 +11,35 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hva_host.memory.layers import Layer, LayerBetrayed
+from hva_host.memory.store import Store, StoreBetrayed
 from hvaqemu.pages import PAGE_SHIFT, Run
+
+#: What the store is called where a layer would be named by its path.
+STORE = "the store"
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """``run.pages`` blocks read for the ledger entry ``entry`` of ``run.start``, or why they could not be."""
+    """What was read for the pages ``run`` with the ledger entries ``entries``, or why it could not be.
 
-    layer: str
+    :ivar blocks: the run's bytes in a layer.
+    :ivar slots: what the pages' slots of the store hold, one after the other, up to one that could not be read.
+    :ivar pinned: entries whose slots have a use more until somebody takes it back.
+    """
+
+    source: str
     run: Run
-    entry: int
-    data: memoryview
+    entries: NDArray[np.uint64]
+    blocks: memoryview | bytes = b""
+    slots: tuple[bytes, ...] = ()
+    pinned: tuple[int, ...] = ()
     error: str = ""
 
 
@@ -34,20 +51,66 @@ class Fetcher:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._wanted: queue.SimpleQueue[tuple[Layer, int, Run, int] | None] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[Callable[[], Fetched] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Fetched] = queue.SimpleQueue()
         self._under_way: set[int] = set()
         self._thread: threading.Thread | None = None
 
-    def fetch(self, layer: Layer, block: int, run: Run, entry: int) -> None:
+    def fetch_blocks(self, layer: Layer, block: int, run: Run, entries: NDArray[np.uint64]) -> None:
         """Read blocks for a run; a first page that is being fetched already is not fetched twice."""
-        if run.start in self._under_way:
+
+        def read() -> Fetched:
+            try:
+                data = memoryview(bytearray(run.pages << PAGE_SHIFT))
+                layer.read(block, run.pages, data, wait=True)
+            except LayerBetrayed as betrayal:
+                return Fetched(str(layer.path), run, entries, error=betrayal.message)
+            return Fetched(str(layer.path), run, entries, data)
+
+        self._fetch(str(layer.path), run, entries, read)
+
+    def fetch_slots(self, store: Store, run: Run, entries: NDArray[np.uint64]) -> None:
+        """Read slots of the store for a run; as above."""
+        if self.fetches(run.start):
+            return
+        pinned = tuple(store.pin(entries.tolist()))
+
+        def read() -> Fetched:
+            slots: list[bytes] = []
+            error = ""
+            for entry in entries.tolist():
+                try:
+                    slots.append(store.read_waiting(entry))
+                except StoreBetrayed as betrayal:
+                    error = betrayal.message
+                    break
+            return Fetched(STORE, run, entries, slots=tuple(slots), pinned=pinned, error="" if slots else error)
+
+        self._fetch(STORE, run, entries, read, pinned)
+
+    def _fetch(
+        self,
+        source: str,
+        run: Run,
+        entries: NDArray[np.uint64],
+        read: Callable[[], Fetched],
+        pinned: tuple[int, ...] = (),
+    ) -> None:
+        if self.fetches(run.start):
             return
         self._under_way.add(run.start)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="fetch", daemon=True)
             self._thread.start()
-        self._wanted.put((layer, block, run, entry))
+
+        def job() -> Fetched:
+            try:
+                return read()
+            except Exception as problem:
+                # Whatever it is, the thread must go on: no other brings anything from the disk.
+                return Fetched(source, run, entries, pinned=pinned, error=f"{source}: {problem!r}")
+
+        self._wanted.put(job)
 
     def fetches(self, pfn: int) -> bool:
         """Is a run that begins with this page being fetched?"""
@@ -80,15 +143,5 @@ class Fetcher:
 
     def _work(self) -> None:
         while (job := self._wanted.get()) is not None:
-            layer, block, run, entry = job
-            data, error = memoryview(b""), ""
-            try:
-                data = memoryview(bytearray(run.pages << PAGE_SHIFT))
-                layer.read(block, run.pages, data, wait=True)
-            except LayerBetrayed as betrayal:
-                error = betrayal.message
-            except Exception as problem:
-                # Whatever it is, the thread must go on: no other brings blocks from the disk.
-                error = f"layer {layer.path}: {problem!r}"
-            self._done.put(Fetched(str(layer.path), run, entry, data, error))
+            self._done.put(job())
             os.eventfd_write(self.fd, 1)

@@ -1,8 +1,9 @@
-"""Discarded pages that the guest has freed since: LAYER becomes ZERO, so that no old content is loaded for nothing.
+"""Discarded pages that the guest has freed since: LAYER and PRESERVED become ZERO, so that no old content is loaded
+for nothing, and the store keeps none.
 
 A guest kernel that frees a page and uses it again writes it as a whole before anybody reads it. Where the host has
-discarded that page meanwhile, the first touch would still fetch the old content from its layer. It need not, once it
-is known that the guest has no use for it. The rules, and what in here keeps them:
+discarded that page meanwhile, the first touch would still fetch the old content from its layer or from the store. It
+need not, once it is known that the guest has no use for it. The rules, and what in here keeps them:
 
 * **Only on scans begun after the entry was made** (a report older than the entry may speak of the page's life before
   it). Entries are noted in :meth:`Freed.note`, then the epoch makes its identifier, then the guest scans twice, each
@@ -11,7 +12,8 @@ is known that the guest has no use for it. The rules, and what in here keeps the
   which is answered by a fill, before which the page leaves (:meth:`Freed.leave`). QEMU's own accesses fault alike; its
   balloon punches, which leaves an absent page as it is.
 * **One aligned 8-byte store**, in the thread that answers faults, which does not give way between looking at the page
-  and storing. Killed before or after: the entry is LAYER or ZERO, and both are right for a page nobody has a use for.
+  and storing. Killed before or after: the entry is the old one or ZERO, and both are right for a page nobody has a use
+  for. A slot of the store is freed after that; killed in between, the next pager finds that no entry names it.
 * **A fetch under way** carries the entry it was begun for and is applied only if the entry is unchanged, so old bytes
   do not come after the zeros: who waits is woken, faults again and gets zeros.
 
@@ -26,7 +28,7 @@ allocates the page, has not touched it         whoever allocated it knows nothin
                                                where freeing has written them (init_on_free), and zeros are what
                                                it gets. What will be read is written before, which is a touch
 allocates and touches it                       missing fault, fill, RESIDENT, left: its entry is gone
-touches it, the block must come from the disk  it is not left, for nothing was answered; it may be turned, the fetch is
+touches it, its bytes must come from the disk  it is not left, for nothing was answered; it may be turned, the fetch is
                                                dropped, and it reads zeros where it might have read what its last
                                                owner left: for a page just allocated neither means anything
 reads a file into it (page cache, DMA)         virtio copies into it through QEMU's mapping: a touch as any other
@@ -50,11 +52,12 @@ from hva_host.pager.ram import Ram
 from hvaqemu.faultpoints import reach
 from hvaqemu.pages import Residence
 
-_CHUNK_PAGES = 2048
+#: Turned between two looks at faults: giving a slot of the store back takes some microseconds.
+_CHUNK_PAGES = 256
 
 
 class Freed:
-    """The LAYER pages of one epoch that the guest reports free.
+    """The LAYER and PRESERVED pages of one epoch that the guest reports free.
 
     :param free: what the guest's newest report says is free, of pfns from ``first`` on; shape ``(n,)``. A hint.
     """
@@ -64,7 +67,7 @@ class Freed:
         self._first = first
         pfns = np.flatnonzero(free) + first
         #: What the epoch began with; what has left since is only taken off :attr:`_members`.
-        self._pfns = pfns[ram.ledger.kinds(pfns) == Residence.LAYER]
+        self._pfns = pfns[np.isin(ram.ledger.kinds(pfns), (Residence.LAYER, Residence.PRESERVED))]
         self._entries = np.empty(0, dtype=np.uint64)
         #: By pfn - first.
         self._members = np.zeros(len(free), dtype=np.bool_)
@@ -97,8 +100,7 @@ class Freed:
                 absent = ~self._ram.backing.presence(int(pfns[0]), int(pfns[-1]) + 1)
                 still = absent[pfns - pfns[0]]
                 reach("pager.freed.proven")
-                turned = self._ram.ledger.turn_to_zero(pfns[still], entries[still])
-                reach("pager.freed.turned")
+                turned = self._ram.turn_to_zero(pfns[still], entries[still])
                 self._ram.ledger.count(Counter.FREED_PAGES, turned)
                 yield turned
 

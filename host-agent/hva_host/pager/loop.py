@@ -13,8 +13,8 @@ from hva_host.pager.attach import attach
 from hva_host.pager.beside import Beside
 from hva_host.pager.commands import Commands
 from hva_host.pager.fetch import Fetcher
-from hva_host.pager.preserve import Preserver
 from hva_host.pager.refaults import Refaults
+from hva_host.pager.sampling import Samples
 from hva_host.pager.server import Server
 from hva_host.pager.sources import Sources
 from hva_host.pager.work import Work
@@ -41,8 +41,8 @@ class Pager:
         self._ram = attach(pid, self._pidfd, sources)
         self._fetcher = Fetcher()
         self._work = Work()
-        preserver = Preserver(self._ram)
-        self._refaults = Refaults(self._ram, self._work.leave, self._fetcher, preserver.coldness.came_back)
+        samples = Samples(self._ram.pages)
+        self._refaults = Refaults(self._ram, self._work.leave, self._fetcher, samples.came_back)
         self._reading_ahead = False
         self._poller = select.epoll()
         self._beside = Beside()
@@ -50,7 +50,7 @@ class Pager:
             self._poller.register(fd, select.EPOLLIN)
         self._server = Server(listener, self._poller, lambda client: self._commands.gone(client))
         self._commands = Commands(
-            pid, self._ram, self._refaults, preserver, self._fetcher, self._beside, self._work, self._server, sources
+            pid, self._ram, self._refaults, samples, self._fetcher, self._beside, self._work, self._server, sources
         )
 
     def run(self) -> None:

@@ -47,6 +47,11 @@ class Membership:
         #: By pfn - first.
         self._members = wanted
 
+    @property
+    def part(self) -> Run:
+        """The part of RAM."""
+        return Run(self._first, self.pages)
+
     def of(self, *members: Member) -> NDArray[np.int64]:
         """The pfns that are in for one of these; ascending."""
         return np.flatnonzero(_is_one_of(self._members, members)) + self._first

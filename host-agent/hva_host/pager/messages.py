@@ -9,7 +9,8 @@ bounds what the other sends.
 | ``hello`` | | | pages, pid, version |
 | ``add-layer`` | path, index | | slot |
 | ``begin-epoch`` | seconds, first: pfn, store: its limit in bytes, round: the same for all parts of an epoch,
-drain: wait for ``drained`` | a byte a page (``Member``, ``SWAP_CACHE`` of :mod:`hva_host.pager.membership`) | number |
+drain: wait for ``drained``, sampled: copies go by samples, most: pages, or none for any number | a byte a page
+(``Member``, ``SWAP_CACHE`` of :mod:`hva_host.pager.membership`) | number |
 | ``confirm`` | epoch (hex), round | a bit a page of the epoch, first page in the highest bit | accepted |
 | ``drained`` | epoch (hex) | | accepted |
 | ``layers`` | | | layers: slot, path, withdrawn, pages that depend on each |

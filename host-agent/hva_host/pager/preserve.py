@@ -1,9 +1,8 @@
-"""Paging out what is no copy: which STABLE pages an epoch tries, and their bytes into the compressed store."""
+"""Paging out what is no copy: the bytes of STABLE pages into the compressed store."""
 
 from __future__ import annotations
 
-import itertools
-import time
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,19 +11,21 @@ from numpy.typing import NDArray
 
 from hva_host.memory.runs import runs_of_pfns
 from hva_host.memory.slots import StoreFull
-from hva_host.pager.coldness import REGION, Choice, Coldness
 from hva_host.pager.ram import PageBuffer, Ram
 from hvaqemu.pages import PAGE_SHIFT
 
 #: Pages written between two looks at faults: compressing one takes 10 to 20 µs.
 SLICE_PAGES = 32
-#: Pages chosen from at a time.
-_CHOICE_PAGES = 64 * REGION
+
+
+#: Pages compressed that the disk has not taken yet: some 2 MiB of memory.
+BEHIND_MAX = 1024
 
 
 class Preserved(NamedTuple):
-    """Ledger entries of pages, 0 where one is to stay (shape ``(n,)``), and why no more fit into the store, or ""."""
+    """Pages and their ledger entries, 0 where one stays (shapes ``(n,)``); why no more fit into the store, or ""."""
 
+    pfns: NDArray[np.int64]
     entries: NDArray[np.uint64]
     full: str
 
@@ -32,33 +33,26 @@ class Preserved(NamedTuple):
 class Preserver:
     """Preserves pages of one VM.
 
-    :ivar coldness: to be told of every page that somebody wanted back.
+    A store that is a file takes its time (:mod:`hva_host.memory.medium`), so there are three steps: :meth:`compress`
+    asks for bytes to be written, :meth:`written` tells of pages whose bytes were, and what is not wanted any more is
+    forgotten by :meth:`drop`.
+
     :ivar limit: bytes the store may occupy.
-    :ivar round: the number of the epoch; its parts have the same.
     """
 
     def __init__(self, ram: Ram) -> None:
-        self.coldness = Coldness(ram.pages)
         self.limit = 0
-        self.round = 0
         self._ram = ram
         self._buffer = PageBuffer(SLICE_PAGES)
-
-    def choose(self, pfns: NDArray[np.int64]) -> Iterator[Choice]:
-        """Which of ``pfns`` (ascending, shape ``(n,)``) are worth trying now; some after the other."""
-        self.coldness.begin(time.monotonic(), self.round)
-        # Whole regions, or they would be judged by a part.
-        parts = np.searchsorted(pfns, np.arange(0, self._ram.pages + _CHOICE_PAGES, _CHOICE_PAGES))
-        for start, stop in itertools.pairwise(parts.tolist()):
-            if stop > start:
-                yield self.coldness.choose(pfns[start:stop])
+        #: Oldest first, each with what the store had been asked for by then.
+        self._under_way: deque[tuple[int, Preserved]] = deque()
 
     def begin(self) -> None:
         """An epoch comes to its STABLE pages."""
         self._ram.store.begin(self.limit)
 
-    def preserve(self, pfns: NDArray[np.int64]) -> Preserved:
-        """Write the bytes of protected pages into the store; their ledger entries are to follow, then the punch.
+    def compress(self, pfns: NDArray[np.int64]) -> None:
+        """Begin to write the bytes of protected pages into the store.
 
         What is compressed is a copy that was read under write protection: a page that is still in the epoch has
         exactly these bytes.
@@ -67,10 +61,34 @@ class Preserver:
         :raise OSError: guest RAM could not be read.
         """
         self._ram.backing.read(runs_of_pfns(pfns), self._buffer.view)
-        entries = np.zeros(len(pfns), dtype=np.uint64)
+        entries, full = np.zeros(len(pfns), dtype=np.uint64), ""
         for place in range(len(pfns)):
             try:
                 entries[place] = self._ram.store.put(self._buffer.view[place << PAGE_SHIFT : (place + 1) << PAGE_SHIFT])
             except StoreFull as error:
-                return Preserved(entries, str(error))
-        return Preserved(entries, "")
+                full = str(error)
+                break
+        self._under_way.append((self._ram.store.asked, Preserved(pfns, entries, full)))
+
+    @property
+    def under_way(self) -> int:
+        """Pages compressed of which :meth:`written` has not told."""
+        return sum(len(preserved.pfns) for _, preserved in self._under_way)
+
+    def written(self) -> Iterator[Preserved]:
+        """Pages whose bytes are in the store now: their ledger entries are to follow, then the punch."""
+        while self._under_way:
+            number, preserved = self._under_way[0]
+            try:
+                if not self._ram.store.written(number):
+                    return
+            except StoreFull as error:
+                self._ram.store.free(preserved.entries)
+                preserved = Preserved(preserved.pfns, np.zeros_like(preserved.entries), str(error))
+            self._under_way.popleft()
+            yield preserved
+
+    def drop(self) -> None:
+        """Page out nothing more of what is under way."""
+        while self._under_way:
+            self._ram.store.free(self._under_way.popleft()[1].entries)

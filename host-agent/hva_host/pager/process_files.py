@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
+from hva_host.memory.syscalls import pidfd_getfd
 from hvaqemu.errors import HostError, PeerLost
+
+#: Never a file. Closing a descriptor of the ledger would drop this process's lock on it (fcntl(2), record locks).
+_MEMFD = "/memfd:"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,29 @@ def descriptors(pid: int) -> dict[int, str]:
     except PermissionError as error:
         raise HostError(f"process {pid}: not yours to attach to", "use the user that runs QEMU, or root") from error
     return found
+
+
+def take_file(pid: int, pidfd: int, device: int, inode: int) -> FileIO | None:
+    """A duplicate of a process's descriptor of a regular file, which it stays when that was renamed or unlinked.
+
+    :raise PeerLost: no such process.
+    :raise HostError: it may not be looked into.
+    """
+    for number, link in sorted(descriptors(pid).items()):
+        if link.startswith(_MEMFD):
+            continue
+        # It may close descriptors meanwhile.
+        with suppress(OSError):
+            if not _is(Path(f"/proc/{pid}/fd/{number}").stat(), device, inode):
+                continue
+            file = FileIO(pidfd_getfd(pidfd, number))
+            if _is(os.fstat(file.fileno()), device, inode):
+                return file
+    return None
+
+
+def _is(status: os.stat_result, device: int, inode: int) -> bool:
+    return stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) == (device, inode)
 
 
 def mappings(pid: int, inode: int, device: int) -> list[Mapping]:

@@ -117,6 +117,16 @@ class Ram:
         self.store.free(entries)
         return erased
 
+    def turn_to_zero(self, pfns: NDArray[np.int64], entries: NDArray[np.uint64]) -> int:
+        """Have absent pages whose entry still is the one in ``entries`` (shapes ``(n,)``) come back as zeros; how many.
+
+        Their slots of the store are freed after that, as in :meth:`erase`.
+        """
+        turned = self.ledger.turn_to_zero(pfns, entries)
+        reach("pager.freed.turned")
+        self.store.free(turned)
+        return len(turned)
+
     def erase_present(self, start: int, stop: int) -> None:
         """Presence wins: drop the entries of present pages in pfns ``[start, stop)``."""
         for run in self.backing.present_runs(start, stop):

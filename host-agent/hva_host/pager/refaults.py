@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hva_host.memory.layers import LayerBetrayed, NotCached
+from hva_host.memory.layers import LayerBetrayed
 from hva_host.memory.ledger import NO_ENTRY, Counter, entry_block, entry_kind, entry_layer
 from hva_host.memory.store import StoreBetrayed
 from hva_host.memory.userfaultfd import Fault, Fill, FillResult
-from hva_host.pager.fetch import Fetched, Fetcher
+from hva_host.memory.waiting import NotCached
+from hva_host.pager.fetch import STORE, Fetched, Fetcher
 from hva_host.pager.ram import PageBuffer, Ram
 from hva_host.pager.stalls import Stalls
 from hva_host.pager.streams import AROUND, AROUND_MAX, Streams
@@ -29,6 +30,12 @@ from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SHIFT, Residence, Run
 
 _RETRY_SECONDS = 0.005
+#: By kind of entry.
+_REFAULTS_FROM: dict[int, Counter] = {
+    Residence.ZERO: Counter.ZERO_REFAULTS,
+    Residence.LAYER: Counter.LAYER_REFAULTS,
+    Residence.PRESERVED: Counter.PRESERVED_REFAULTS,
+}
 UNSERVED_MAX = 4096
 
 
@@ -43,7 +50,7 @@ class Refaults:
     """Answers faults of one VM.
 
     :param leave: told of every run before it is answered (the epoch's ``leave``).
-    :param came_back: told of every PRESERVED page that somebody touched; not of its neighbours.
+    :param came_back: told of every discarded page that somebody touched, and of what it was; not of its neighbours.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class Refaults:
         ram: Ram,
         leave: Callable[[int, int], None],
         fetcher: Fetcher,
-        came_back: Callable[[int], None] = lambda _pfn: None,
+        came_back: Callable[[int, int], None] = lambda _pfn, _kind: None,
     ) -> None:
         self._ram = ram
         self._came_back = came_back
@@ -138,8 +145,7 @@ class Refaults:
         :raise PeerLost: QEMU is gone.
         """
         run = result.run
-        entries = self._ram.ledger.entries[run.start : run.stop]
-        changed = np.flatnonzero(entries != np.uint64(result.entry) + np.arange(run.pages, dtype=np.uint64))
+        changed = np.flatnonzero(self._ram.ledger.entries[run.start : run.stop] != result.entries)
         count = int(changed[0]) if len(changed) else run.pages
         if count == 0:
             # Somebody was faster with the first page, the one that is waited for; it may wait for another reason now.
@@ -150,11 +156,15 @@ class Refaults:
             # A neighbour's block may be the one that can not be read.
             self.fill(run.start, 1)
         elif result.error:
-            self._can_not_serve(run.start, result.layer, result.error)
+            self._can_not_serve(run.start, result.source, result.error)
+        elif result.slots:
+            self._serve_slots(Run(run.start, count), result)
         else:
             whole = Run(run.start, count)
-            self._buffer.view[: count << PAGE_SHIFT] = result.data[: count << PAGE_SHIFT]
-            self._serve_checked(result.entry, whole)
+            self._buffer.view[: count << PAGE_SHIFT] = result.blocks[: count << PAGE_SHIFT]
+            self._serve_checked(int(result.entries[0]), whole)
+        # Last: before, room they use can not become another page's.
+        self._ram.store.free(np.array(result.pinned, dtype=np.uint64))
 
     def resume(self) -> int:
         """Try the held faults again; answers how many are still held, among them those being fetched from the disk.
@@ -184,13 +194,22 @@ class Refaults:
         """Answer a fault on a missing page, and remember where its reader may go on."""
         window = self._streams.window(pfn)
         entry = self._ram.ledger.words[pfn]
-        discarded = entry != NO_ENTRY
-        if entry_kind(entry) == Residence.PRESERVED:
-            self._came_back(pfn)
+        if entry != NO_ENTRY:
+            self._came_back(pfn, entry_kind(entry))
         filled = self.fill(pfn, window.now)
         if filled:
-            self._ram.ledger.count(Counter.REFAULTS if discarded else Counter.FIRST_TOUCHES)
             self._streams.refaulted(pfn, filled, window.pages)
+
+    def _count_refault(self, entry: int) -> None:
+        """Somebody waited for a page with this entry, and has it now."""
+        count = self._ram.ledger.count
+        if entry == NO_ENTRY:
+            count(Counter.FIRST_TOUCHES)
+            return
+        count(Counter.REFAULTS)
+        # A compromised QEMU may have written to the ledger since the page was filled.
+        if (source := _REFAULTS_FROM.get(entry_kind(entry))) is not None:
+            count(source)
 
     def _zero_run(self, pfn: int, length: int) -> Run:
         """Pages from ``pfn`` on that come back as zeros. A RESIDENT one among them ends the fill, not the bytes."""
@@ -215,15 +234,44 @@ class Refaults:
                 break
             try:
                 ram.store.get(entry, self._buffer.view[count << PAGE_SHIFT :])
+            except NotCached:
+                if not count:
+                    run = self._store_run(pfn, length)
+                    self._fetcher.fetch_slots(ram.store, run, ram.ledger.entries[run.start : run.stop].copy())
+                    return 0
+                break
             except StoreBetrayed as error:
                 if not count:
-                    self._can_not_serve(pfn, "the store", error.message)
+                    self._can_not_serve(pfn, STORE, error.message)
                     return 0
                 break
             count += 1
-        self._leave(pfn, pfn + count)
+        return self._serve_buffer(Run(pfn, count))
+
+    def _store_run(self, pfn: int, length: int) -> Run:
+        other = np.flatnonzero(self._ram.ledger.kinds(slice(pfn, pfn + length)) != Residence.PRESERVED)
+        return Run(pfn, int(other[0]) if len(other) else min(length, self._ram.pages - pfn))
+
+    def _serve_slots(self, run: Run, result: Fetched) -> None:
+        """Fill what is right of what was fetched from the store."""
+        count = 0
+        for entry, slot in zip(result.entries[: run.pages].tolist(), result.slots, strict=False):
+            try:
+                self._ram.store.decode(entry, slot, self._buffer.view[count << PAGE_SHIFT :])
+            except StoreBetrayed as error:
+                if not count:
+                    self._can_not_serve(run.start, STORE, error.message)
+                    return
+                break
+            count += 1
+        self._serve_buffer(Run(run.start, count))
+
+    def _serve_buffer(self, run: Run) -> int:
+        """Fill pages with what was read and checked."""
+        self._leave(run.start, run.stop)
         reach("pager.refault.checked")
-        return self._filled(Run(pfn, count), ram.uffd.copy(ram.address(pfn), self._buffer.address, count << PAGE_SHIFT))
+        ram = self._ram
+        return self._filled(run, ram.uffd.copy(ram.address(run.start), self._buffer.address, run.pages << PAGE_SHIFT))
 
     def _fill_from_layer(self, entry: int, run: Run) -> int:
         slot, block = entry_layer(entry), entry_block(entry)
@@ -239,7 +287,7 @@ class Refaults:
         try:
             layer.read(block, run.pages, self._buffer.view, wait=False)
         except NotCached:
-            self._fetcher.fetch(layer, block, run, entry)
+            self._fetcher.fetch_blocks(layer, block, run, np.uint64(entry) + self._steps[: run.pages])
             return 0
         except LayerBetrayed as error:
             if run.pages > 1:
@@ -271,6 +319,8 @@ class Refaults:
             for pfn in [pfn for pfn in self.held if run.start <= pfn < run.start + max(count, 1)]:
                 del self.held[pfn]
         if count:
+            if run.start in self._waiting:
+                self._count_refault(ram.ledger.words[run.start])
             ram.ledger.count(Counter.REFAULT_PAGES, ram.erase(run.start, count))
         elif result.outcome is Fill.PRESENT:
             ram.erase(run.start, 1)

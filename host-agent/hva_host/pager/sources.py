@@ -9,7 +9,6 @@ it is, every block is checked against the recorded index before it is served.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import FileIO
@@ -19,12 +18,8 @@ from hva_host.memory.index import LayerIndex, StaleIndexError
 from hva_host.memory.layers import Layer, LayerBetrayed, open_image
 from hva_host.memory.ledger import LayerRecord
 from hva_host.memory.preloaded import preloaded
-from hva_host.memory.syscalls import pidfd_getfd
-from hva_host.pager.process_files import descriptors
+from hva_host.pager.process_files import take_file
 from hvaqemu.errors import HostError
-
-#: Never a layer. Closing a descriptor of the ledger would drop this process's lock on it (fcntl(2), record locks).
-_MEMFD = "/memfd:"
 
 
 class Sources:
@@ -62,23 +57,11 @@ class Sources:
         if at_path is not None and _is(os.fstat(at_path.fileno()), record):
             yield at_path
             return
-        yield from self._of_qemu(record)
+        of_qemu = take_file(self._pid, self._pidfd, record.device, record.inode)
+        if of_qemu is not None:
+            yield of_qemu
         if at_path is not None:
             yield at_path
-
-    def _of_qemu(self, record: LayerRecord) -> Iterator[FileIO]:
-        """The recorded file as QEMU has it open, which it stays when it was renamed or unlinked."""
-        for number, link in sorted(descriptors(self._pid).items()):
-            if link.startswith(_MEMFD):
-                continue
-            # It may close descriptors meanwhile.
-            with suppress(OSError):
-                status = Path(f"/proc/{self._pid}/fd/{number}").stat()
-                if stat.S_ISREG(status.st_mode) and _is(status, record):
-                    file = FileIO(pidfd_getfd(self._pidfd, number))
-                    if _is(os.fstat(file.fileno()), record):
-                        yield file
-                        return
 
     def _index(self, record: LayerRecord, file: FileIO) -> LayerIndex:
         """The index pages were discarded against: loaded before, from its file, or made again with its seed."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 #: Buckets a factor of two of time; a quantile is right to within 2 ** (1 / 8), about 9 %.
 _PER_OCTAVE = 8
 _SHORTEST = 1e-7
-_BUCKETS = 40 * _PER_OCTAVE
+_OCTAVES = 40
+_BUCKETS = _OCTAVES * _PER_OCTAVE
 _SUM, _LONGEST = 0, 1
 #: Wraps, as the ledger's counters do.
 _WORD = (1 << 64) - 1
@@ -56,7 +58,17 @@ class Stalls:
                 return float(min(_SHORTEST * 2 ** ((bucket + 1) / _PER_OCTAVE), self.longest))
         return 0.0
 
-    def as_dict(self) -> dict[str, float]:
+    def octaves(self) -> list[dict[str, float]]:
+        """How many waits were in each factor of two of time, where there were any; shortest first.
+
+        ``upper_s``: the longest such wait in seconds, which is 0.1 µs times a power of two.
+        """
+        counts = (sum(self._buckets[first : first + _PER_OCTAVE]) for first in range(0, _BUCKETS, _PER_OCTAVE))
+        return [
+            {"upper_s": _SHORTEST * 2.0 ** (octave + 1), "count": count} for octave, count in enumerate(counts) if count
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
         """The figures ``status`` shows; times in seconds."""
         return {
             "count": self.count,
@@ -64,4 +76,5 @@ class Stalls:
             "median_s": self.quantile(0.5),
             "p99_s": self.quantile(0.99),
             "longest_s": self.longest,
+            "buckets": self.octaves(),
         }

@@ -1,6 +1,7 @@
 /*
  * Preloaded into QEMU. Opens, and leaves open in QEMU's descriptor table, what must live exactly as long as QEMU: a
  * userfaultfd, a memfd for the ledger and a memfd for the compressed store. A pager takes them with pidfd_getfd(2).
+ * HVA_SHIM_STORE is the number of an inherited descriptor if the store is a file; a memfd then says which file it is.
  *
  * Acts only in the process it was meant for (HVA_SHIM=1) and takes itself out of the environment, so that nothing
  * QEMU starts is touched. Whatever fails ends the process: QEMU without these must not run.
@@ -9,12 +10,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -55,6 +58,30 @@ static int open_userfaultfd(void)
 	return (int)syscall(SYS_userfaultfd, flags);
 }
 
+static void open_store(void)
+{
+	const char *file = getenv("HVA_SHIM_STORE");
+	struct stat status;
+	uint64_t identity[2];
+	int fd, at;
+
+	if (file == NULL) {
+		if (memfd_create("hva-store", MFD_CLOEXEC) < 0)
+			fail("memfd hva-store");
+		return;
+	}
+	fd = atoi(file);
+	if (fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 || fstat(fd, &status) < 0)
+		fail("store");
+	identity[0] = status.st_dev;
+	identity[1] = status.st_ino;
+	at = memfd_create("hva-store-at", MFD_CLOEXEC);
+	if (at < 0 || write(at, identity, sizeof(identity)) != sizeof(identity))
+		fail("memfd hva-store-at");
+	if (unsetenv("HVA_SHIM_STORE") != 0)
+		fail("environment");
+}
+
 __attribute__((constructor)) static void hva_shim(void)
 {
 	const char *wanted = getenv("HVA_SHIM");
@@ -68,8 +95,7 @@ __attribute__((constructor)) static void hva_shim(void)
 	/* Sealed by its first pager: QEMU, should it be compromised, can not cut it and end pagers by SIGBUS. */
 	if (memfd_create("hva-ledger", MFD_CLOEXEC | MFD_ALLOW_SEALING) < 0)
 		fail("memfd hva-ledger");
-	if (memfd_create("hva-store", MFD_CLOEXEC) < 0)
-		fail("memfd hva-store");
+	open_store();
 	/* Punching a part of a huge page zeroes it in place, and no fault ever comes. */
 	if (prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0)
 		fail("PR_SET_THP_DISABLE");

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from hva_host.agent.model import Measure, Sample
+from hva_host.load.model import LoadResult
 from hva_host.report.files import report_json, write_json
 from hva_host.report.live import LiveProgress
 from hva_host.report.model import Outcome, ScenarioReport, StepRecord
@@ -158,3 +159,14 @@ def test_a_terminal_gets_the_same_lines_and_a_spinner_that_goes_away() -> None:
     assert "\x1b[?25l" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert "[ 1/12] ok   guest: true [x]" in text
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_loads_are_shown_whole(width: int) -> None:
+    figures = {"seconds": 60.0, "requests": 1200, "right": 1195, "bytes": 9, "errors": {"wrong bytes": 5}}
+    times = {"p50_s": 0.0123, "p99_s": 0.4321, "p999_s": 1.5, "longest_s": 1.9, "sent_late_p99_s": 0.0001}
+    load = LoadResult.model_validate({"rate": 20.0, **figures, **times})
+    report = a_report().model_copy(update={"loads": {"nothing": load, "proactive": load}})
+    (shown,) = [line for line in report_text(report, width).splitlines() if line.startswith("proactive")]
+    assert shown.split() == ["proactive", "19.9/s", "5", *["12.3", "ms", "432.1", "ms", "1.5", "s", "100", "µs"]]
+    assert ScenarioReport.model_validate(json.loads(report.model_dump_json())) == report

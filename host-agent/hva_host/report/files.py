@@ -1,4 +1,4 @@
-"""The files of a report: ``report.json``, ``report.txt`` (the table) and ``timeline.png``."""
+"""The files of a report: ``report.json``, ``report.txt`` (the table), ``report.html`` and ``timeline.png``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hvaqemu.errors import HostError
 from hvaqemu.paths import private_folder
 
 JSON_FILE = "report.json"
+PAGE_FILE = "report.html"
 TEXT_FILE = "report.txt"
 PICTURE_FILE = "timeline.png"
 
@@ -39,7 +40,7 @@ def write_json(report: ScenarioReport, path: Path) -> None:
 
     :raise HostError: no room, or not writable.
     """
-    _write(path, report_json(report).encode())
+    write_file(path, report_json(report).encode())
 
 
 def write_report(report: ScenarioReport, folder: Path) -> list[Path]:
@@ -48,18 +49,34 @@ def write_report(report: ScenarioReport, folder: Path) -> list[Path]:
     :raise HostError: no room, or not writable.
     """
     # matplotlib takes half a second to import; only who wants a picture waits for it.
+    from hva_host.report.html.page import page
+    from hva_host.report.html.shown import of_run
     from hva_host.report.picture import draw
 
     picture, text, data = folder / PICTURE_FILE, folder / TEXT_FILE, folder / JSON_FILE
-    _write(data, report_json(report).encode())
-    _write(text, report_text(report).encode())
-    _write(picture, draw(report))
-    return [data, text, picture]
+    whole = folder / PAGE_FILE
+    write_file(data, report_json(report).encode())
+    write_file(text, report_text(report).encode())
+    write_file(whole, page([of_run(report)]).encode())
+    write_file(picture, draw(report))
+    return [data, text, whole, picture]
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_page(page: str, path: Path) -> None:
+    """Write a page of :mod:`hva_host.report.html`.
+
+    :raise HostError: no room, or not writable.
+    """
+    write_file(path, page.encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a report: what guests print may be secret, so a new file is its owner's.
+
+    :raise HostError: no room, or not writable.
+    """
     try:
-        # What guests print may be secret: a new file is its owner's, one that is there keeps its mode.
+        # One that is there keeps its mode.
         path.touch(mode=0o600)
         path.write_bytes(content)
     except OSError as error:

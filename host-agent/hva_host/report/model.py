@@ -6,6 +6,8 @@ import enum
 from typing import Any
 
 from hva_host.agent.model import EpochStats, Measure, Record, Sample, StallStats
+from hva_host.agent.ram_frames import RamFrame
+from hva_host.load.model import LoadResult
 
 
 class Outcome(enum.StrEnum):
@@ -45,6 +47,8 @@ class ScenarioReport(Record):
     saved: dict[str, str] = {}
     measures: dict[str, Measure] = {}
     steps: list[StepRecord] = []
+    #: What came of loads on services in the guest.
+    loads: dict[str, LoadResult] = {}
     epochs: list[EpochStats] = []
     stalls: StallStats = StallStats()
     #: Seconds from the call until the guest agent was connected, image building included.
@@ -59,6 +63,8 @@ class ScenarioReport(Record):
     #: The end of the guest's console, only after a failure; printable.
     console_tail: list[str] = []
     timeline: list[Sample] = []
+    #: Maps of guest RAM, less often.
+    ram: list[RamFrame] = []
 
     @property
     def ok(self) -> bool:

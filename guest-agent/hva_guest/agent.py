@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 from hva_guest.discarded import DiscardedList
 from hva_guest.kernel import read_boot_id, read_poisoning
 from hva_guest.mappings import SharedMappings
-from hva_guest.memory import memory_ranges, read_memory, read_pressure, read_uptime_ms
+from hva_guest.memory import memory_ranges, read_memory, read_pressure, read_uptime_ms, read_workingset_refaults
 from hva_guest.port import HostGone, Port, find_port
 from hva_guest.scan import PageFlags, confirm_answer, scan_answer
 from hvaqemu import __version__
@@ -79,7 +79,7 @@ class Agent:
         self._boot_id = read_boot_id()
         self._poisoning = read_poisoning()
         self._offered = Feature.SWAPCACHE
-        if read_pressure() != UNKNOWN_U32:
+        if read_pressure()[0] != UNKNOWN_U32:
             self._offered |= Feature.PRESSURE
         self._shared = SharedMappings()
         if os.access("/proc/self/pagemap", os.R_OK):
@@ -331,10 +331,10 @@ class Agent:
         return None
 
     def _stats(self, request: int) -> StatsReport:
-        pressure = UNKNOWN_U32
+        pressure = UNKNOWN_U32, UNKNOWN_U32
         if self._features is not None and self._features & Feature.PRESSURE:
             pressure = read_pressure()
-        return StatsReport(request, *read_memory(), read_uptime_ms(), pressure)
+        return StatsReport(request, *read_memory(), read_uptime_ms(), *pressure, read_workingset_refaults())
 
     def _begin_scan(self, message: Scan | Confirm, features: Feature) -> None:
         """Queue a scan of its own for each request, so that every scan begins after its request was read."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hvaqemu.pages import PAGE_SIZE
-from hvaqemu.protocol import RANGES_MAX, UNKNOWN_U32
+from hvaqemu.protocol import RANGES_MAX, UNKNOWN_U32, UNKNOWN_U64
 
 #: (start pfn, pages), ascending, disjoint.
 Ranges = tuple[tuple[int, int], ...]
@@ -115,16 +115,26 @@ def read_memory() -> Memory:
     return Memory(figures.get("MemTotal", 0), figures.get("MemFree", 0), figures.get("MemAvailable", 0))
 
 
-def read_pressure() -> int:
-    """Memory pressure "some avg10", hundredths of a percent; ``UNKNOWN_U32`` where the kernel has no PSI."""
-    value = pressure_of(read_text("/proc/pressure/memory"))
-    return UNKNOWN_U32 if value is None else value
+def read_pressure() -> tuple[int, int]:
+    """Memory pressure "some avg10" and "full avg10", hundredths of a percent; ``UNKNOWN_U32`` where the kernel has no
+    PSI."""
+    text = read_text("/proc/pressure/memory")
+    return pressure_of(text, "some"), pressure_of(text, "full")
 
 
-def pressure_of(text: str) -> int | None:
-    """The same from the text of /proc/pressure/memory."""
-    match = re.search(r"^some avg10=(\d+)\.(\d\d)", text, re.MULTILINE)
-    return int(match[1]) * 100 + int(match[2]) if match else None
+def pressure_of(text: str, kind: str) -> int:
+    """One of them from the text of /proc/pressure/memory."""
+    match = re.search(rf"^{kind} avg10=(\d+)\.(\d\d)", text, re.MULTILINE)
+    return int(match[1]) * 100 + int(match[2]) if match else UNKNOWN_U32
+
+
+def read_workingset_refaults() -> int:
+    """Pages that were read again soon after their eviction, since boot; ``UNKNOWN_U64`` where the kernel does not say.
+
+    Source: mm/workingset.c; one number before Linux 5.9, one for files and one for swap since.
+    """
+    found = re.findall(r"^workingset_refault\w* (\d+)$", read_text("/proc/vmstat"), re.MULTILINE)
+    return sum(map(int, found)) if found else UNKNOWN_U64
 
 
 def read_uptime_ms() -> int:

@@ -64,7 +64,7 @@ def examine() -> list[Check]:
     """All checks, in the order to mend what fails. Takes up to a few seconds; changes nothing but our own cache."""
     checks = [_python(), _memfd(), _pidfd_getfd(), *_userfaultfd(), *_privileges(), _huge_pages(_THP)]
     for profile in PROFILES.values():
-        checks += [_qemu(profile), _kvm(profile)]
+        checks += [_qemu(profile), _user_network(profile), _kvm(profile)]
     checks += [_tool(name, package, use) for name, (package, use) in _TOOLS.items()]
     checks += [
         _shim(),
@@ -194,6 +194,15 @@ def _qemu(profile: MachineProfile) -> Check:
     return Check(
         name=profile.binary, ok=ok, found=found, advice="" if ok else f"install QEMU {least} or newer with TCG"
     )
+
+
+def _user_network(profile: MachineProfile) -> Check:
+    """Some builds of QEMU are without it."""
+    name = f"user networks of {profile.binary}"
+    if "user" in (_output(profile.binary, "-netdev", "help") or "").split():
+        return Check(name=name, ok=True, found="works")
+    advice = "write network: none (or tap), or install a QEMU with libslirp"
+    return Check(name=name, ok=False, found="not in this QEMU", advice=advice, needed=False)
 
 
 def _kvm(profile: MachineProfile) -> Check:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from hva_host.agent.leases import Lease, LeaseState
 from hvaqemu.errors import HvaError
+from hvaqemu.qemu.host_network import new_name, open_tap
 from hvaqemu.units import MiB, format_size
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -43,7 +44,7 @@ def privileges(cache: Callable[[], Path]) -> list[Privilege]:
 
     :param cache: where layers are kept.
     """
-    return [_user(), _ptrace(), _locked_memory(), _oom(), _leases(cache)]
+    return [_user(), _ptrace(), _locked_memory(), _oom(), _leases(cache), _tap()]
 
 
 def _user() -> Privilege:
@@ -112,6 +113,17 @@ def _leases(cache: Callable[[], Path]) -> Privilege:
         "not on this file system: a writer is found in /proc, or by what it changed, within seconds",
         "put HVAQEMU_CACHE_DIR on ext4, xfs, btrfs or tmpfs, and own the images",
     )
+
+
+def _tap() -> Privilege:
+    """A tap device is gone with its descriptor."""
+    name = "tap networks"
+    try:
+        os.close(open_tap(new_name()))
+    except OSError as error:
+        found = f"not allowed ({error.filename}: {error.strerror}); network: user and none work without"
+        return Privilege(name, False, found, "be root, or have CAP_NET_ADMIN and access to /dev/net/tun")
+    return Privilege(name, True, "allowed", "")
 
 
 def _capable(number: int) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from hva_host.agent.guest_link import GuestLink
-from tests.unit.control_stand_ins import Served, served, short_folder
+from tests.unit.control_stand_ins import Agent, Served, agent_in_thread, served, short_folder
 from tests.unit.guest_stand_ins import PAGES, Serial
 
 
@@ -28,4 +28,13 @@ async def link(serial: Serial) -> AsyncIterator[GuestLink]:
 async def control_socket() -> AsyncIterator[Served]:
     with short_folder() as folder:
         async with served(folder) as found:
+            yield found
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
+    """A host agent that commands find."""
+    with short_folder() as folder:
+        monkeypatch.setenv("HVAQEMU_RUNTIME_DIR", str(folder))
+        with agent_in_thread(folder) as found:
             yield found

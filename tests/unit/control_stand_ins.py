@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from hva_host.agent.control import CONTROL_SOCKET, ControlServer
 from hva_host.agent.control_commands import CommandTable
+from hva_host.agent.events import what_is_wrong
+from hva_host.agent.history import VmReport
 from hva_host.agent.model import (
     EpochStats,
     ExecResult,
@@ -25,7 +28,8 @@ from hva_host.agent.model import (
 )
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, GuestError, RefusedError
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimConfig, ReclaimState
+from tests.unit.scenario_stand_ins import a_frame, a_sample
 
 MEASURE = Measure(
     uptime_s=12.5,
@@ -79,6 +83,8 @@ class StandInVm:
         self.kernel = "6.1.0-s390x"
         self.held: list[HeldPages] = []
         self.asked: list[object] = []
+        #: Since the last freeze.
+        self.nothing_written = False
         self.answer = ExecResult(exit_status=0, stdout=b"out\n", stderr=b"err\n")
         #: A restore waits for this; and says whether it was cancelled meanwhile.
         self.go_on = asyncio.Event()
@@ -105,6 +111,15 @@ class StandInVm:
     async def measure(self) -> Measure:
         return MEASURE
 
+    async def report(self) -> VmReport:
+        return VmReport(
+            status=await self.status(),
+            timeline=[a_sample(1.0), a_sample(12.5)],
+            ram=[a_frame(1.0), a_frame(12.5)],
+            configuration=self.config.model_dump(mode="json"),
+            versions={"guest kernel": self.kernel},
+        )
+
     async def reclaim(
         self, states: Sequence[ReclaimState], *, epochs: int | None = None, on_epoch: Any = None
     ) -> ReclaimResult:
@@ -124,6 +139,8 @@ class StandInVm:
 
     async def freeze(self, disk: str | None) -> list[FrozenDisk]:
         self.asked.append(("freeze", disk))
+        if self.nothing_written:
+            return [FrozenDisk(disk="root", layer=None, bytes=0, seconds=0.1, index_seconds=0.0)]
         self._emit("LAYER_INDEXING", {"name": self.name, "layer": "/s/root.qcow2", "done": 1 << 20, "size": 4 << 20})
         return [FrozenDisk(disk="root", layer="/s/root.qcow2", bytes=4 << 20, seconds=0.1, index_seconds=0.2)]
 
@@ -172,6 +189,7 @@ class StandInFleet:
 
     def __init__(self, folder: Path, emit: Callable[[str, dict[str, Any]], None]) -> None:
         self.machines: dict[str, StandInVm] = {}
+        self.reloads = 0
         self.downing = asyncio.Event()
         self.go_down = asyncio.Event()
         self.go_down.set()
@@ -204,6 +222,13 @@ class StandInFleet:
             raise ConfigError(f"VM {name}: no such VM", "known: none is running")
         return self.machines[name]
 
+    def set_reclaim(self, name: str, reclaim: ReclaimConfig) -> None:
+        vm = self.get(name)
+        vm.config = vm.config.model_copy(update={"reclaim": reclaim})
+
+    def reload(self) -> None:
+        self.reloads += 1
+
     def vms(self) -> list[StandInVm]:
         return list(self.machines.values())
 
@@ -234,11 +259,68 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     """A control socket in ``folder``, on a fleet without VMs."""
     path = folder / CONTROL_SOCKET
     server = ControlServer(path)
-    fleet = StandInFleet(folder, server.emit)
+
+    def emit(event: str, data: dict[str, Any]) -> None:
+        assert not what_is_wrong(event, data)
+        server.emit(event, data)
+
+    fleet = StandInFleet(folder, emit)
     stop = asyncio.Event()
     server.listen()
-    await server.start(CommandTable(fleet, server.emit, stop.set))
+    await server.start(CommandTable(fleet, server.emit, stop.set, fleet.reload))
     try:
         yield Served(path, server, fleet, stop)
     finally:
         await server.close()
+
+
+class Agent:
+    """A host agent in a thread of its own."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, served: Served) -> None:
+        self._loop = loop
+        self._served = served
+
+    def add(self, name: str, change: Callable[[StandInVm], None] = lambda vm: None, **more: object) -> StandInVm:
+        async def added() -> StandInVm:
+            vm = self._served.fleet.add(name, **more)
+            vm.go_on.set()
+            change(vm)
+            return vm
+
+        return asyncio.run_coroutine_threadsafe(added(), self._loop).result(10)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._served.fleet.machines)
+
+    def do(self, what: Callable[[], object]) -> None:
+        """Have something done in its thread."""
+
+        async def done() -> None:
+            what()
+
+        asyncio.run_coroutine_threadsafe(done(), self._loop).result(10)
+
+
+@contextmanager
+def agent_in_thread(folder: Path) -> Iterator[Agent]:
+    """A host agent whose control socket is in ``folder``."""
+    ready: list[Agent] = []
+    serving, over = threading.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        async with served(folder) as found:
+            ready.append(Agent(asyncio.get_running_loop(), found))
+            serving.set()
+            await over.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert serving.wait(10)
+    try:
+        yield ready[0]
+    finally:
+        ready[0]._loop.call_soon_threadsafe(over.set)
+        thread.join(10)
+    assert not thread.is_alive()

@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from hva_host.agent.model import (
     EpochStats,
     ExecResult,
@@ -18,10 +20,11 @@ from hva_host.agent.model import (
     VmState,
     VmStatus,
 )
+from hva_host.agent.ram_frames import RamFrame, packed
 from hva_host.report.model import StepRecord
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import RefusedError
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimConfig, ReclaimState
 from hvaqemu.units import MiB
 
 
@@ -78,6 +81,12 @@ def a_sample(at: float = 0.0) -> Sample:
     )
 
 
+def a_frame(at: float = 0.0, cells: int = 64) -> RamFrame:
+    """Of each cell a fifth is in each residence and a fifth was never touched; a quarter is in each state."""
+    fifths, quarters = np.full((4, cells), 51, dtype=np.uint8), np.full((3, cells), 63, dtype=np.uint8)
+    return RamFrame(at_s=at, cells=cells, residence=packed(fifths), states=packed(quarters))
+
+
 Command = Callable[[str], Awaitable[ExecResult]]
 
 
@@ -124,6 +133,10 @@ class StandInVm:
     async def sample(self) -> Sample:
         return a_sample(10.0 + time.monotonic() - self._began)
 
+    async def ram_frame(self) -> RamFrame:
+        self._asked("frame")
+        return a_frame(10.0 + time.monotonic() - self._began)
+
     async def reclaim(
         self,
         states: Sequence[ReclaimState],
@@ -159,6 +172,9 @@ class StandInVm:
             store_after_bytes=0,
             seconds=0.1,
         )
+
+    def set_reclaim(self, reclaim: ReclaimConfig) -> None:
+        self._asked(f"set {reclaim.mode}")
 
     async def restore(self) -> int:
         self._asked("restore")

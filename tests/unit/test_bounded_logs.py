@@ -68,4 +68,4 @@ def test_log_accounts_are_bounded() -> None:
     events = EventLog()
     for number in range(10_000):
         events.write("VM_STATE", {"name": str(number)}, 0.0)
-    assert len(events._accounts) <= 4096
+    assert len(events._rates._accounts) <= 4096

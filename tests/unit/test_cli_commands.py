@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,56 +12,13 @@ import pytest
 from hva_host.agent.model import ExecResult, HeldPages, Measure, VmState, VmStatus
 from hva_host.cli.main import main
 from hvaqemu.protocol import STDIN_BYTES_MAX
-from tests.unit.control_stand_ins import Served, StandInVm, served, short_folder
+from tests.unit.control_stand_ins import Agent, StandInVm
 
 _VM = """\
 name: {name}
 memory: {memory}
 image: nowhere/image.yaml
 """
-
-
-class Agent:
-    """A host agent in a thread of its own."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, served: Served) -> None:
-        self._loop = loop
-        self._served = served
-
-    def add(self, name: str, change: Callable[[StandInVm], None] = lambda vm: None, **more: object) -> StandInVm:
-        async def added() -> StandInVm:
-            vm = self._served.fleet.add(name, **more)
-            vm.go_on.set()
-            change(vm)
-            return vm
-
-        return asyncio.run_coroutine_threadsafe(added(), self._loop).result(10)
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(self._served.fleet.machines)
-
-
-@pytest.fixture
-def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
-    ready: list[Agent] = []
-    serving, over = threading.Event(), asyncio.Event()
-
-    async def serve(folder: Path) -> None:
-        async with served(folder) as found:
-            ready.append(Agent(asyncio.get_running_loop(), found))
-            serving.set()
-            await over.wait()
-
-    with short_folder() as folder:
-        monkeypatch.setenv("HVAQEMU_RUNTIME_DIR", str(folder))
-        thread = threading.Thread(target=lambda: asyncio.run(serve(folder)))
-        thread.start()
-        assert serving.wait(10)
-        yield ready[0]
-        ready[0]._loop.call_soon_threadsafe(over.set)
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 Said = pytest.CaptureFixture[bytes]
@@ -91,6 +45,21 @@ def test_ls_and_status_show_what_json_says(agent: Agent, capsysbinary: Said) -> 
     text = capsysbinary.readouterr().out.decode()
     for part in ("running", "6.1.0-s390x", "96.0 MiB", "2.0 MiB from layers", "unknown", "EPOCH"):
         assert part in text
+
+
+def test_report_writes_a_page_and_prints_where(
+    agent: Agent, capsysbinary: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent.add("one", lambda vm: setattr(vm, "kernel", "<b>6.1"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "one"]) == 0
+    assert capsysbinary.readouterr().out == b"one.html\n"
+    text = (tmp_path / "one.html").read_text()
+    assert (tmp_path / "one.html").stat().st_mode & 0o777 == 0o600
+    assert "&lt;b&gt;6.1" in text
+    assert "from at most 100.0 MiB to 100.0 MiB" in text
+    assert main(["report", "one", "-o", str(tmp_path / "missing" / "x.html")]) == 1
+    assert b"missing/x.html: No such file or directory" in capsysbinary.readouterr().err
 
 
 def test_an_unknown_vm_is_1_and_one_line(agent: Agent, capsysbinary: Said) -> None:
@@ -170,11 +139,17 @@ def test_freeze_and_merge(agent: Agent, capsysbinary: Said) -> None:
     assert b"1.0 MiB of 4.0 MiB indexed" in said.err
     assert main(["freeze", "one", "--json"]) == 0
     assert json.loads(capsysbinary.readouterr().out)[0]["layer"] == "/s/root.qcow2"
+    vm.nothing_written = True
+    assert main(["freeze", "one", "root"]) == 0
+    said = capsysbinary.readouterr()
+    assert said.out == b"one: disk root not frozen: nothing was written to it since the last time\n"
+    assert main(["freeze", "one", "--json"]) == 0
+    assert json.loads(capsysbinary.readouterr().out)[0]["layer"] is None
     assert main(["merge", "one"]) == 0
     said = capsysbinary.readouterr()
     assert said.out == b"one: 1 frozen file merged away\n"
     assert b"1.0 MiB of 4.0 MiB merged" in said.err
-    assert vm.asked == [("freeze", "root"), ("freeze", None), ("merge", None)]
+    assert vm.asked == [*2 * [("freeze", "root"), ("freeze", None)], ("merge", None)]
 
 
 def test_reclaim_restore_resume_down(agent: Agent, capsysbinary: Said) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hva_host.pager.coldness import REGION, REST_SECONDS, SHARES, WATCHED_SECONDS, Choice, Coldness
+from hvaqemu.pages import Run
 
 PAGES = 4 * REGION
 ALL = np.arange(PAGES)
@@ -152,3 +153,134 @@ def test_whatever_happened_all_that_rests_long_enough_goes(plan: list[tuple[floa
     for _ in range(len(SHARES) + 1):
         last = epochs.run()
     assert len(epochs.away) == PAGES
+
+
+def test_a_bounded_choice_ends_with_the_region_it_is_reached_in() -> None:
+    coldness = Coldness(PAGES, seed=5)
+    coldness.begin(100.0, 1)
+    first = coldness.choose(ALL, most=20)
+    (region,) = set((first.pfns // REGION).tolist())
+    asked = region == ALL // REGION
+    assert len(first.pfns) >= 20
+    assert first.later == PAGES - len(first.pfns)
+    coldness.went(first.pfns)
+    # The others have not been asked for a sample, so they give their first one now.
+    coldness.begin(100.0 + WATCHED_SECONDS, 2)
+    second = coldness.choose(ALL[~asked])
+    assert len(second.pfns) < 1.3 * SHARES[0] * (PAGES - REGION)
+    assert coldness.choose(ALL[asked], most=0).pfns.tolist() == []
+
+
+def test_a_region_that_is_hot_again_and_again_rests_for_longer() -> None:
+    coldness = Coldness(REGION, seed=2, rest_most=4 * REST_SECONDS)
+    pauses = []
+    now, number = 100.0, 0
+    for _ in range(4):
+        began = now
+        while True:
+            number += 1
+            coldness.begin(now, number)
+            if len(went := coldness.choose(np.arange(REGION)).pfns):
+                break
+            now += 5.0
+        pauses.append(now - began)
+        coldness.went(went)
+        for pfn in went.tolist():
+            coldness.came_back(pfn)
+        now += 1.0
+    assert pauses[1] < pauses[2] < pauses[3] <= 4 * REST_SECONDS + 10
+
+
+def test_samples_tell_how_much_is_used() -> None:
+    coldness = Coldness(PAGES, seed=4)
+    coldness.there(ALL, Run(0, PAGES))
+    assert coldness.cold == 0
+    coldness.begin(100.0, 1)
+    went = coldness.choose(ALL).pfns
+    coldness.went(went)
+    for pfn in went[went < 2 * REGION].tolist():
+        coldness.came_back(pfn)
+    coldness.begin(100.0 + WATCHED_SECONDS, 2)
+    left = PAGES - 2 * REGION - np.count_nonzero(went >= 2 * REGION)
+    assert coldness.cold == left
+
+
+def test_what_came_back_is_not_cold_before_it_was_tried_anew() -> None:
+    coldness = Coldness(PAGES, seed=4)
+    coldness.there(ALL, Run(0, PAGES))
+    now = 100.0
+    for number, _share in enumerate(SHARES, 1):
+        coldness.begin(now, number)
+        coldness.went(coldness.choose(ALL).pfns)
+        now += 1.0
+    coldness.begin(now, len(SHARES) + 1)
+    assert coldness.cold == 0
+    # All that anybody touched of a region, long after; its neighbours came with it.
+    for pfn in range(0, REGION, 2):
+        coldness.came_back(pfn)
+    coldness.begin(now + 600, len(SHARES) + 2)
+    assert coldness.cold == 0
+    now += 600 + 2 * REST_SECONDS
+    coldness.begin(now, len(SHARES) + 3)
+    went = coldness.choose(np.arange(REGION)).pfns
+    coldness.went(went)
+    # Not before it was watched, whatever it was like before.
+    assert coldness.cold == 0
+    coldness.begin(now + 1.0, len(SHARES) + 4)
+    assert coldness.cold == REGION - len(went)
+
+
+def test_some_are_of_few_regions_and_of_those_that_rest_last() -> None:
+    coldness = Coldness(PAGES, seed=4)
+    coldness.begin(100.0, 1)
+    some = coldness.some(ALL, REGION + 7)
+    assert len(some) == REGION + 7
+    assert len(np.unique(some // REGION)) == 2
+    assert np.all(np.diff(some) > 0)
+    coldness.went(coldness.choose(ALL).pfns)
+    for pfn in range(REGION):
+        coldness.came_back(pfn)
+    coldness.begin(101.0, 2)
+    most = coldness.some(ALL, PAGES - REGION)
+    assert most[0] == REGION
+    assert len(coldness.some(ALL, 2 * PAGES)) == PAGES
+    assert len(coldness.some(ALL[:0], 5)) == 0
+
+
+def test_what_others_have_discarded_is_not_cold_and_resident() -> None:
+    coldness = Coldness(PAGES, seed=4)
+    coldness.there(ALL, Run(0, PAGES))
+    coldness.begin(100.0, 1)
+    went = coldness.choose(ALL).pfns
+    coldness.went(went)
+    coldness.begin(101.0, 2)
+    assert coldness.cold == PAGES - len(went)
+    coldness.went(np.setdiff1d(ALL, went), chosen=False)
+    assert coldness.cold == 0
+
+
+def test_what_is_not_there_any_more_is_not_cold() -> None:
+    coldness = Coldness(PAGES, seed=4)
+    coldness.there(ALL, Run(0, PAGES))
+    coldness.begin(100.0, 1)
+    coldness.went(coldness.choose(ALL).pfns)
+    coldness.begin(101.0, 2)
+    assert coldness.cold > PAGES / 2
+    coldness.there(ALL[:0], Run(0, PAGES))
+    assert coldness.cold == 0
+
+
+def test_what_can_not_go_keeps_nothing_else_from_being_tried() -> None:
+    pages = 64 * REGION
+    every = np.arange(pages)
+    stays = every % 10 == 0
+    coldness = Coldness(pages, seed=4)
+    left, now = every, 100.0
+    for number in range(2000):
+        now += 2.0
+        coldness.begin(now, number)
+        tried = np.concatenate([coldness.choose(part, 100).pfns for part in coldness.parts(left)])
+        coldness.stayed(tried[stays[tried]])
+        coldness.went(tried[~stays[tried]])
+        left = np.setdiff1d(left, tried[~stays[tried]])
+    assert len(left) < 1.1 * np.count_nonzero(stays)

@@ -95,6 +95,8 @@ async def test_the_library_for_qmp_is_a_client(control_socket: Served) -> None:
         listed = await client.execute("query-vms")
         assert [VmStatus.model_validate(each).name for each in listed] == ["another", "one"]  # type: ignore[attr-defined]
         assert await client.execute("vm-measure", {"name": "one"}) == MEASURE.model_dump(mode="json")
+        report = await client.execute("vm-report", {"name": "one"})
+        assert [sample["at_s"] for sample in report["timeline"]] == [1.0, 12.5]  # type: ignore[index]
         answer = await client.execute("vm-qmp", {"name": "one", "command": "query-status"})
         assert answer == {"return": [{"said": "na\u00efve \x9b31m"}]}
         assert await client.execute("vm-balloon", {"name": "one", "size": "128M"}) == {"bytes": 128 << 20}

@@ -37,6 +37,13 @@ def test_objects_come_out_whole_however_the_stream_is_cut(
     assert [json.loads(piece) for piece in got] == [value for value, _, _ in sent]
 
 
+def test_backslashes_that_come_one_by_one() -> None:
+    splitter, sent = wire.Splitter(), {"\\": '\\"\\\\', '"': "\\"}
+    stream = json.dumps(sent).encode()
+    got = [piece for at in range(len(stream)) for piece in splitter.feed(stream[at : at + 1])]
+    assert [json.loads(piece) for piece in got] == [sent]
+
+
 @given(st.lists(st.binary(max_size=40), max_size=20))
 def test_arbitrary_bytes_never_grow_the_buffer_and_never_crash(pieces: list[bytes]) -> None:
     splitter = wire.Splitter(limit=64)

@@ -8,7 +8,7 @@ import pytest
 
 from hva_guest.kernel import poisoning
 from hva_guest.memory import memory_ranges, normalised, pressure_of, ranges_of_blocks, ranges_of_iomem, ranges_of_zones
-from hvaqemu.protocol import RANGES_MAX, Fact
+from hvaqemu.protocol import RANGES_MAX, UNKNOWN_U32, Fact
 
 IOMEM = """\
 00000000-00000fff : Reserved
@@ -71,8 +71,9 @@ def test_ranges_are_bounded() -> None:
 
 
 def test_pressure() -> None:
-    assert pressure_of("some avg10=12.34 avg60=0.00 avg300=0.00 total=0\nfull avg10=1.00\n") == 1234
-    assert pressure_of("") is None
+    text = "some avg10=12.34 avg60=0.00 avg300=0.00 total=0\nfull avg10=1.00\n"
+    assert pressure_of(text, "some") == 1234 and pressure_of(text, "full") == 100
+    assert pressure_of("", "some") == UNKNOWN_U32
 
 
 DEBIAN = (

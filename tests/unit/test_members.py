@@ -8,7 +8,7 @@ import pytest
 from hva_host.agent.members import members
 from hva_host.pager.membership import Member
 from hvaqemu.pages import PageAttribute, PageState
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 
 REPORT = np.array([PageState.STABLE, PageState.UNUSED, PageState.VOLATILE | PageAttribute.REFERENCED], dtype=np.uint8)
 UNUSED, VOLATILE, STABLE = ReclaimState.UNUSED, ReclaimState.VOLATILE, ReclaimState.STABLE

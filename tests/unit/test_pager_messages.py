@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hva_host.agent.members import in_turn, members
+from hva_host.agent.model import StallStats
 from hva_host.pager.membership import SWAP_CACHE, Member
 from hva_host.pager.messages import HEADER_MAX, MessageDecoder, encode
 from hva_host.pager.stalls import Stalls
 from hvaqemu.errors import ProtocolError
 from hvaqemu.pages import PageAttribute, PageState
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 
 
 @given(
@@ -52,6 +53,20 @@ def test_quantiles_are_right_to_a_tenth(waits: list[float]) -> None:
     assert exact * 0.99 <= stalls.quantile(0.5) <= exact * 1.1
     assert stalls.longest == max(waits)
     assert Stalls().quantile(0.99) == 0.0
+
+
+@given(st.lists(st.floats(1e-6, 100), min_size=1))
+def test_every_wait_is_in_its_factor_of_two(waits: list[float]) -> None:
+    stalls = Stalls()
+    for wait in waits:
+        stalls.add(wait)
+    buckets = StallStats(**stalls.as_dict()).buckets
+    assert sum(bucket.count for bucket in buckets) == len(waits)
+    for bucket in buckets:
+        # On the border, rounding decides.
+        inside = [wait for wait in waits if bucket.upper_s * 0.5 * 0.999 <= wait <= bucket.upper_s * 1.001]
+        assert 0 < bucket.count <= len(inside)
+    assert StallStats(**Stalls().as_dict()).buckets == []
 
 
 def test_members_follow_the_states_asked_for() -> None:

@@ -15,6 +15,8 @@ from hva_host.agent.layer_watch import FilePrint, LayerContent
 from hva_host.agent.records import VmFolder, VmRecord, names
 from hva_host.report.files import report_folder, report_json, write_json
 from hvaqemu.config import VmConfig
+from hvaqemu.errors import ConfigError, HostError
+from hvaqemu.fields import absolute
 from hvaqemu.paths import cache_dir, private_folder, runtime_dir, state_dir
 from hvaqemu.units import MiB
 from tests.unit.test_report_rendering import a_report
@@ -86,3 +88,20 @@ def test_a_runtime_directory_that_is_there_is_closed(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("HVAQEMU_RUNTIME_DIR", str(place))
         assert runtime_dir() == place
         assert stat.filemode(place.stat().st_mode) == "drwx------"
+        # What is there for everybody's files stays that.
+        place.chmod(0o1777)
+        with pytest.raises(HostError, match=f"{place}: is shared by all users"):
+            runtime_dir()
+        assert stat.S_IMODE(place.stat().st_mode) == 0o1777
+
+
+def test_where_no_home_is_known_a_place_that_is_said_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nowhere(_path: Path) -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    monkeypatch.setattr(os, "geteuid", os.getuid)
+    monkeypatch.setenv("HVAQEMU_CACHE_DIR", str(tmp_path / "cache"))
+    assert cache_dir() == tmp_path / "cache"
+    with pytest.raises(ConfigError, match="no home directory is known for ~nobody"):
+        absolute(tmp_path, Path("~nobody/disk.raw"))

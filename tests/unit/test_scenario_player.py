@@ -46,6 +46,7 @@ async def test_all_verbs_reach_the_vm_in_order(tmp_path: Path) -> None:
         {"reclaim": {"every": "200ms"}},
         {"sleep": "1ms"},
         {"reclaim": "stop"},
+        {"set": {"mode": "proactive", "refault_budget": "1%/min"}},
         {"restore": None},
         {"balloon": "128M"},
         {"guest": "one", "save": "b"},
@@ -53,7 +54,7 @@ async def test_all_verbs_reach_the_vm_in_order(tmp_path: Path) -> None:
         {"expect": {"measure": "less", "backing": {"max": "60M", "of": "filled", "max_ratio": 0.2}}},
     )
     assert player.failures == []
-    assert outcomes(player) == [Outcome.OK] * 12
+    assert outcomes(player) == [Outcome.OK] * 13
     assert vm.log == [
         "guest one",
         "measure",
@@ -61,6 +62,7 @@ async def test_all_verbs_reach_the_vm_in_order(tmp_path: Path) -> None:
         "measure",
         "start unused,volatile 0.2",
         "stop",
+        "set proactive",
         "restore",
         "balloon 128",
         "guest one",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hva_host.agent.model import ExecResult
-from hva_host.report.files import JSON_FILE, PICTURE_FILE, TEXT_FILE
+from hva_host.report.files import JSON_FILE, PAGE_FILE, PICTURE_FILE, TEXT_FILE
 from hva_host.report.model import Outcome, ScenarioReport
 from hva_host.scenario.runner import run_scenario
 from hvaqemu.errors import ConfigError, DeadlineExceeded, HostError, HvaError
@@ -168,7 +168,7 @@ async def test_report_files_are_written_and_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "report"
     for _ in range(2):
         await run(StandInFleet(tmp_path), {"measure": "m"}, {"sleep": "400ms"}, report_dir=folder)
-    assert sorted(path.name for path in folder.iterdir()) == sorted([JSON_FILE, TEXT_FILE, PICTURE_FILE])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([JSON_FILE, TEXT_FILE, PAGE_FILE, PICTURE_FILE])
 
 
 async def test_a_report_folder_that_can_not_be_is_said_before_the_launch(tmp_path: Path) -> None:

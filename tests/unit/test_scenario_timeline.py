@@ -1,49 +1,55 @@
-"""The timeline stays bounded, in order, even, and never loses its newest point."""
+"""Samples and maps are taken until the VM can not go on; maps stay in order whoever asked for them."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from hva_host.agent.model import Sample
+from hva_host.agent.ram_frames import RamFrame
 from hva_host.scenario.timeline import Timeline
-from tests.unit.scenario_stand_ins import StandInVm, a_sample
-
-
-@given(st.integers(1, 40).map(lambda half: 2 * half), st.integers(0, 500))
-def test_bounded_and_in_order(most: int, count: int) -> None:
-    timeline = Timeline(most=most)
-    for at in range(count):
-        timeline.add(a_sample(at))
-    ats = [sample.at_s for sample in timeline.samples]
-    assert len(ats) <= most
-    assert ats == sorted(set(ats))
-    if count:
-        assert ats[0] == 0
-        assert ats[-1] == count - 1
-
-
-def test_thinning_slows_down() -> None:
-    timeline = Timeline(most=8, interval=1.0)
-    for at in range(9):
-        timeline.add(a_sample(at))
-    assert timeline.interval == 2.0
-    assert [sample.at_s for sample in timeline.samples] == [0, 2, 4, 6, 8]
+from hvaqemu.errors import PeerLost
+from tests.unit.scenario_stand_ins import StandInVm, a_frame
 
 
 async def test_following_ends_with_the_vm(tmp_path: Path) -> None:
     class Counting(Timeline):
         def add(self, sample: Sample) -> None:
             super().add(sample)
-            if len(self.samples) == 3:
+            if len(self.samples) >= 3 and len(self.frames) >= 2:
                 enough.set()
 
     enough = asyncio.Event()
     vm = StandInVm(tmp_path)
-    following = asyncio.create_task(Counting(interval=0.01).follow(vm))
+    timeline = Counting(interval=0.01, frame_interval=0.01)
+    following = asyncio.create_task(timeline.follow(vm))
     await asyncio.wait_for(enough.wait(), 5)
     vm.failure.set_result("QEMU is gone")
     await asyncio.wait_for(following, 5)
+
+
+async def test_maps_stay_in_order_and_one_that_is_not_to_be_had_is_left_out(tmp_path: Path) -> None:
+    class Late(StandInVm):
+        """Its first map comes after its second one."""
+
+        async def ram_frame(self) -> RamFrame:
+            self.asked += 1
+            if self.asked == 1:
+                await second.wait()
+            return a_frame(self.asked)
+
+        asked = 0
+
+    second = asyncio.Event()
+    vm, timeline = Late(tmp_path), Timeline()
+    first = asyncio.create_task(timeline.look(vm))
+    await asyncio.sleep(0)
+    await timeline.look(vm)
+    second.set()
+    await first
+    assert [frame.at_s for frame in timeline.frames] == [2]
+
+    silent = StandInVm(tmp_path)
+    silent.errors["frame"] = PeerLost("the pager went")
+    await timeline.look(silent)
+    assert len(timeline.frames) == 1

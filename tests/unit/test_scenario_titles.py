@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hva_host.scenario.titles import LONGEST, title_of
+from hvaqemu.load_config import LoadExpectStep, LoadStep, LoadStopStep
 from hvaqemu.scenario_config import (
     BalloonStep,
     ExpectStep,
@@ -17,6 +18,7 @@ from hvaqemu.scenario_config import (
     ReclaimStopStep,
     RestoreStep,
     SameStep,
+    SetStep,
     SleepStep,
     Step,
 )
@@ -47,6 +49,19 @@ from hvaqemu.scenario_config import (
         (
             ExpectStep.model_validate({"expect": {"measure": "m", "backing": {"of": "n", "max_ratio": 0.17}}}),
             "expect m <= 0.17 of n",
+        ),
+        (SetStep.model_validate({"set": {"mode": "proactive"}}), "set reclaim proactive"),
+        (
+            LoadStep.model_validate({"load": {"url": ["/a", "/b/[1-2]"], "rate": "90/min", "save": "x"}}),
+            "load x: 1.5/s to /a /b/[1-2]",
+        ),
+        (LoadStopStep(load="stop"), "load stop"),
+        (LoadExpectStep.model_validate({"expect": {"load": "x"}}), "expect x without errors"),
+        (
+            LoadExpectStep.model_validate(
+                {"expect": {"load": "x", "throughput": {"min": "9/s"}, "p99": {"of": "y", "max_ratio": 2}}}
+            ),
+            "expect x throughput >= 9/s and p99 <= 2 of y",
         ),
     ],
 )

@@ -64,7 +64,7 @@ class Box:
 
     def close(self) -> None:
         os.close(self.fd)
-        os.close(self.store._fd)
+        os.close(self.store.fd)
 
 
 def got(store: Store, entry: int) -> bytes:
@@ -109,7 +109,7 @@ def test_against_a_model(plan: list[tuple[str, int, int, int]]) -> None:
             elif verb == "drop" and pfn in box.entries:
                 box.drop(pfn)
             elif verb == "attach":
-                os.close(box.store._fd)
+                os.close(box.store.fd)
                 box.attach()
             elif verb == "begin":
                 box.store.begin(LIMIT)
@@ -148,12 +148,12 @@ def test_more_uses_in_the_ledger_than_can_be_counted_keep_the_slot() -> None:
     store = Store(os.memfd_create("hva-store"), 1000)
     store.begin(1 << 20)
     entry = store.put(memoryview(content(1)))
-    again = Store(os.dup(store._fd), 1000)
+    again = Store(os.dup(store.fd), 1000)
     again.derive(np.full(1000, entry, dtype=np.uint64))
     again.free(np.full(999, entry, dtype=np.uint64))
     assert got(again, entry) == content(1)
-    os.close(store._fd)
-    os.close(again._fd)
+    os.close(store.fd)
+    os.close(again.fd)
 
 
 def test_noise_is_not_worth_it(box: Box) -> None:
@@ -233,7 +233,7 @@ def test_a_ledger_of_nonsense(entries: list[int]) -> None:
         store.free(np.array([own], dtype=np.uint64))
     finally:
         os.close(fd)
-        os.close(store._fd)
+        os.close(store.fd)
 
 
 @pytest.mark.parametrize(

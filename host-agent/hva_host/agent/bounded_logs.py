@@ -10,8 +10,9 @@ from pathlib import Path
 
 LOG_MAX = 4 << 20
 _KEPT = 1 << 20
-#: A guest under TCG prints up to some 15 MB a second.
-_LOOK_SECONDS = 0.5
+#: Seconds between looks, while no log grew since the last one and while one did: a guest under TCG prints up to some 15
+#: MB a second.
+_STILL_SECONDS, _LOOK_SECONDS = 2.0, 0.5
 
 
 def trim(path: Path) -> bool:
@@ -34,11 +35,15 @@ def trim(path: Path) -> bool:
 
 
 async def keep_bounded(*paths: Path) -> None:
-    """Look at logs twice a second until cancelled."""
+    """Look at logs, more often while they grow, until cancelled."""
+    before: dict[Path, int] = {}
     while True:
+        now: dict[Path, int] = {}
         for path in paths:
             # Not there yet, or no room: it is looked at again.
             with suppress(OSError):
                 trim(path)
+                now[path] = path.stat().st_size
         # Others write them, by descriptors of their own: there is nothing to wait on.
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_STILL_SECONDS if now == before else _LOOK_SECONDS)
+        before = now

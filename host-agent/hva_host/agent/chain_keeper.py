@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hva_host.agent import chain_policy
-from hva_host.agent.chain import Chain
+from hva_host.agent.chain import Chain, Merge
 from hva_host.agent.chain_policy import DiskSample, Freeze, merge_down_to
 from hva_host.agent.freezer import Disks, believe, freeze, index_frozen
 from hva_host.agent.merge import merge, plan, sweep
@@ -20,9 +20,9 @@ from hvaqemu.errors import ConfigError, DeadlineExceeded, HvaError, PeerLost, Re
 
 #: How often sizes are looked at, by ``stat`` alone.
 _LOOK_SECONDS = 2.0
-#: How often merged files are tried to be deleted, and what failed is tried again.
-_SWEEP_SECONDS = 30.0
 _RETRY_SECONDS = 10.0
+#: The part of a pager's time that it may take to look for pages that depend on merged files.
+_SWEEP_SHARE = 0.02
 
 
 class ChainKeeper:
@@ -41,6 +41,11 @@ class ChainKeeper:
         #: A host agent before us, or a peer that went, may have left something half done.
         self._unsettled = True
         self._over_budget = False
+        self._sweep_at = 0.0
+        #: There are frozen files that nothing new is matched with, because of a merge that came to nothing.
+        self._withdrawn = False
+        #: Merged files that could not be deleted, and why.
+        self._undeleted: dict[Path, str] = {}
 
     async def freeze(self, disk: str | None) -> list[FrozenDisk]:
         """Freeze a disk, or all of them at one moment; returns once what was frozen is a layer.
@@ -71,7 +76,10 @@ class ChainKeeper:
                 raise RefusedError(f"VM {self._name}: nothing to merge: no disk has two frozen files")
             gone: list[str] = []
             for name in wanted:
-                gone += await self._merge(name, 0)
+                planned = plan(self._disks.chain(name), 0)
+                if why := await self._merge(planned):
+                    raise HvaError(f"disk {name}: the merge was taken back, and the chain is as it was: {why}")
+                gone += map(str, planned.sources)
             return gone
 
     def status(self) -> list[DiskStatus]:
@@ -91,16 +99,18 @@ class ChainKeeper:
 
     async def run(self) -> None:
         """Put in order what was left, then freeze and merge when that is due, until cancelled."""
-        sweep_at = retry_at = 0.0
+        retry_at = 0.0
         while True:
             now = time.monotonic()
             if now >= retry_at and not self._lock.locked():
                 try:
                     async with self._lock:
-                        if now >= sweep_at:
-                            sweep_at = now + _SWEEP_SECONDS
-                            self._unsettled |= bool(self._disks.keeper.record.retired)
-                        await self._settle()
+                        if self._unsettled:
+                            await self._settle()
+                            # Whoever died in a freeze had no time for that.
+                            await self._shorten([chain.disk for chain in self._disks.chains])
+                        if now >= self._sweep_at:
+                            await self._sweep()
                         await self._freeze_when_due()
                 except (PeerLost, DeadlineExceeded, RefusedError):
                     # Held, or a peer is away: it is tried again.
@@ -117,6 +127,13 @@ class ChainKeeper:
             raise RefusedError(
                 f"VM {self._name}: an earlier version of hvaqemu started it", "end it and start it again to freeze"
             )
+        for place, extra in enumerate(self._disks.keeper.record.config.extra_disks):
+            if disk == f"extra{place}":
+                raise RefusedError(
+                    f"VM {self._name}: {disk} is {extra.path}, a file of yours; frozen, it would no longer be what the "
+                    "guest writes to",
+                    f"its own disks can be frozen: {', '.join(known)}",
+                )
         if disk is not None and disk not in known:
             raise ConfigError(f"VM {self._name}: no disk {disk!r} of its own", f"it has {', '.join(known)}")
         return known if disk is None else [disk]
@@ -130,52 +147,78 @@ class ChainKeeper:
             return
         wanted = self._disks.keeper.record.merging
         if wanted is not None:
-            await merge(self._disks, wanted)
+            await merge(self._disks, wanted, self._config.patience)
         await believe(self._disks)
         await self._renew()
-        await index_frozen(self._disks)
-        await sweep(self._disks)
+        await self._sweep()
         self._unsettled = False
 
     async def _renew(self) -> None:
-        """A frozen file that was withdrawn for a merge that came to nothing is indexed again once nothing depends on
-        what it was."""
-        frozen = {str(path): path for chain in self._disks.chains for path in chain.frozen}
-        for layer in await self._disks.book.dependants():
-            if layer["withdrawn"] and layer["path"] in frozen:
-                async with self._disks.exclusive:
-                    await self._disks.book.drop(frozen[layer["path"]])
+        """Index what is frozen and no layer. A file that was withdrawn for a merge which came to nothing is indexed
+        again once nothing depends on what it was; so is one that the pager has forgotten for a merge which was taken
+        back before that was recorded."""
+        known = await self._disks.book.dependants()
+        used = {layer["path"] for layer in known} - {layer["path"] for layer in known if layer["withdrawn"]}
+        self._withdrawn = False
+        for chain in self._disks.chains:
+            for path in chain.frozen:
+                if path in self._disks.book.images and str(path) not in used:
+                    async with self._disks.exclusive:
+                        self._withdrawn |= not await self._disks.book.drop(path)
+        await index_frozen(self._disks)
+
+    async def _sweep(self) -> None:
+        """See to what waits for the last page that depends on it."""
+        began = time.monotonic()
+        if self._withdrawn:
+            await self._renew()
+        failed = await sweep(self._disks)
+        ended = time.monotonic()
+        self._sweep_at = ended + max((ended - began) / _SWEEP_SHARE, _RETRY_SECONDS if failed else 0.0)
+        for path, why in failed.items():
+            if self._undeleted.get(path) != why:
+                self._disks.tell("DELETE_FAILED", {"layer": str(path), "error": why})
+        self._undeleted = failed
 
     async def _freeze(self, names: list[str]) -> list[FrozenDisk]:
         began = time.monotonic()
         self._unsettled = True
         frozen = await freeze(self._disks, names)
         pivoted = time.monotonic()
-        for name in names:
+        for name in frozen:
             self._frozen_at[name] = pivoted
         await index_frozen(self._disks)
         self._unsettled = False
         indexed = time.monotonic()
         done = [
             FrozenDisk(
-                disk=name, layer=str(path), bytes=_bytes(path), seconds=pivoted - began, index_seconds=indexed - pivoted
+                disk=name,
+                layer=str(frozen[name]) if name in frozen else None,
+                bytes=_bytes(frozen[name]) if name in frozen else 0,
+                seconds=pivoted - began,
+                index_seconds=indexed - pivoted,
             )
-            for name, path in zip(names, frozen, strict=True)
+            for name in names
         ]
+        await self._shorten(list(frozen))
+        return done
+
+    async def _shorten(self, names: list[str]) -> None:
+        """Merge what makes chains deeper than they may be."""
         for name in names:
             chain = self._disks.chain(name)
             place = merge_down_to([_bytes(path) for path in chain.frozen], self._config.depth)
             if place is not None:
-                await self._merge(name, place)
-        return done
+                # One that is taken back is told of (MERGE_ENDED): what was asked for here is done.
+                await self._merge(plan(chain, place))
 
-    async def _merge(self, name: str, place: int) -> list[str]:
-        wanted = plan(self._disks.chain(name), place)
+    async def _merge(self, wanted: Merge) -> str:
+        """Carry a merge out; why it was taken back, or ""."""
         self._unsettled = True
-        if not await merge(self._disks, wanted):
-            raise HvaError(f"disk {name}: QEMU did not end the merge; the chain is as it was", "see agent.log")
+        why = await merge(self._disks, wanted, self._config.patience)
+        await self._sweep()
         self._unsettled = False
-        return [str(path) for path in wanted.sources]
+        return why
 
     async def _freeze_when_due(self) -> None:
         if self._config.after is None or not self._disks.chains:

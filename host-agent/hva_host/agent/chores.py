@@ -14,12 +14,12 @@ class Chores:
     """Tasks of one owner.
 
     :param owner: what they are logged as being of.
-    :param failed: told the name of a task that met with a bug, and what it was.
+    :ivar failed: told the name of a task that met with a bug, and what it was.
     """
 
     def __init__(self, owner: str, failed: Callable[[str, BaseException], None]) -> None:
         self._owner = owner
-        self._failed = failed
+        self.failed = failed
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
@@ -27,6 +27,11 @@ class Chores:
         task = asyncio.create_task(work, name=f"{self._owner}: {name}")
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._ended(name, done))
+
+    @property
+    def busy(self) -> bool:
+        """Is something under way?"""
+        return bool(self._tasks)
 
     async def settled(self) -> None:
         """Wait until all have ended."""
@@ -43,4 +48,4 @@ class Chores:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: %s ended by a bug", self._owner, name, exc_info=error)
-            self._failed(name, error)
+            self.failed(name, error)

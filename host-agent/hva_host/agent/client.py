@@ -15,10 +15,12 @@ from qemu.qmp.error import QMPError
 from qemu.qmp.message import Message
 
 from hva_host.agent import control_wire as wire
+from hva_host.agent.history import VmReport
 from hva_host.agent.model import ExecResult, FrozenDisk, ReclaimResult, VmStatus
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import HvaError, PeerLost, ProtocolError
 from hvaqemu.qemu.race import race
+from hvaqemu.reclaim_config import ReclaimConfig
 
 # qemu.qmp logs every lost connection as an error; without a handler that would reach the terminal.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -121,6 +123,10 @@ class ControlClient:
         """A VM's status."""
         return VmStatus.model_validate(await self.execute("vm-status", {"name": name}))
 
+    async def report(self, name: str) -> VmReport:
+        """All that is known of a VM, since its host agent has it."""
+        return VmReport.model_validate(await self.execute("vm-report", {"name": name}))
+
     async def console(self, name: str) -> Path:
         """The file that a VM's console is logged to."""
         return Path((await self.execute("vm-console", {"name": name}))["path"])
@@ -137,6 +143,15 @@ class ControlClient:
         arguments = {"name": name, "states": list(states), "epochs": epochs}
         result = await self.execute("vm-reclaim", arguments, timeout=_LONG, on_event=on_event)
         return ReclaimResult.model_validate(result)
+
+    async def reload(self) -> None:
+        """Have the fleet file read again."""
+        await self.execute("fleet-reload")
+
+    async def set(self, name: str, changes: Sequence[str]) -> ReclaimConfig:
+        """Change how a VM's memory is reclaimed; all of it, as it is then."""
+        done = await self.execute("vm-set", {"name": name, "changes": list(changes)})
+        return ReclaimConfig.model_validate(done)
 
     async def freeze(self, name: str, disk: str | None, on_event: OnEvent) -> list[FrozenDisk]:
         """Freeze a disk, or all; returns once what was frozen is a layer."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hva_host.agent import control_wire as wire
-from hva_host.agent.control_commands import Command, CommandTable
+from hva_host.agent.control_commands import Command, CommandTable, to_wire
+from hva_host.agent.events import what_is_wrong
 from hvaqemu.errors import HvaError, ProtocolError
 from hvaqemu.qemu import sockets
 
@@ -64,6 +65,8 @@ class ControlServer:
 
     def emit(self, event: str, data: dict[str, Any]) -> None:
         """Send an event to all clients that have negotiated."""
+        if what := what_is_wrong(event, data):
+            log.error("%s", what)
         now = time.time_ns()
         message = wire.encode(
             {
@@ -236,7 +239,7 @@ class _Session:
 
 async def _run(command: Command, arguments: object) -> dict[str, Any]:
     try:
-        return {"return": await command.run(command.parse(arguments))}
+        return {"return": to_wire(await command.run(command.parse(arguments)))}
     except HvaError as error:
         return {"error": wire.error_to_wire(error)}
     except Exception as error:

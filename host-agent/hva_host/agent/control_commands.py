@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from hva_host.agent.control_arguments import (
+    Arguments,
+    Balloon,
+    Disk,
+    Down,
+    Exec,
+    Named,
+    Qmp,
+    Reclaim,
+    Set,
+    Up,
+)
+from hva_host.agent.control_returns import (
+    CommandName,
+    ConsoleLog,
+    Ended,
+    FrozenDisks,
+    GuestMemory,
+    MergedFiles,
+    Nothing,
+    PagesStillHeld,
+    QmpReturn,
+    RestoredPages,
+    Version,
+)
 from hva_host.agent.control_wire import version
+from hva_host.agent.history import VmReport
 from hva_host.agent.model import EpochStats, ExecResult, FrozenDisk, Measure, ReclaimResult, VmStatus
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError
-from hvaqemu.fields import Count, Flag, Name, Seconds, Size, Text
-from hvaqemu.protocol import STDIN_BYTES_MAX
-from hvaqemu.scenario_config import DEFAULT_STATES, ReclaimState
+from hvaqemu.reclaim_config import ReclaimConfig, ReclaimState, changed
 
 #: Sends an event to all clients: its name and data.
 Emit = Callable[[str, dict[str, Any]], None]
@@ -30,9 +52,12 @@ class ControlledVm(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def config(self) -> VmConfig: ...
+    @property
     def console_log(self) -> Path: ...
     async def status(self) -> VmStatus: ...
     async def measure(self) -> Measure: ...
+    async def report(self) -> VmReport: ...
     async def reclaim(
         self,
         states: Sequence[ReclaimState],
@@ -59,67 +84,9 @@ class ControlledFleet(Protocol[Machine]):
 
     async def up(self, config: VmConfig, progress: Callable[[str], None]) -> Machine: ...
     async def down(self, name: str, keep_disks: bool | None = None) -> str: ...
+    def set_reclaim(self, name: str, reclaim: ReclaimConfig) -> None: ...
     def get(self, name: str) -> Machine: ...
     def vms(self) -> Sequence[Machine]: ...
-
-
-def _unbase64(value: object) -> object:
-    if not isinstance(value, str):
-        raise ValueError("must be base64 text")
-    try:
-        return base64.b64decode(value, validate=True)
-    except binascii.Error as error:
-        raise ValueError("must be base64 text") from error
-
-
-def _argument(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("must not contain a NUL")
-    return value
-
-
-class Arguments(BaseModel):
-    """No arguments; commands that take some derive from this."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Up(Arguments):
-    config: VmConfig
-
-
-class _Named(Arguments):
-    name: Name
-
-
-class _Reclaim(_Named):
-    states: Annotated[tuple[ReclaimState, ...], Field(min_length=1)] = DEFAULT_STATES
-    epochs: Count | None = None
-
-
-class _Down(_Named):
-    keep_disks: Flag | None = None
-
-
-class _Disk(_Named):
-    disk: Text | None = None
-
-
-class _Exec(_Named):
-    argv: Annotated[tuple[Annotated[str, BeforeValidator(_argument)], ...], Field(min_length=1)]
-    timeout: Seconds = 60.0
-    stdin: Annotated[bytes, BeforeValidator(_unbase64), Field(max_length=STDIN_BYTES_MAX)] = b""
-
-
-class _Balloon(_Named):
-    size: Size
-    timeout: Seconds = 60.0
-
-
-class _Qmp(_Named):
-    command: Text
-    arguments: dict[str, Any] = {}
-    timeout: Seconds = 60.0
 
 
 #: pydantic's kinds of error in our words.
@@ -132,7 +99,7 @@ class Command:
 
     name: str
     arguments: type[Arguments]
-    run: Callable[[Any], Awaitable[object]]
+    run: Callable[[Any], Awaitable[BaseModel | Sequence[BaseModel]]]
     detached: bool = False
 
     def parse(self, arguments: object) -> Arguments:
@@ -154,32 +121,41 @@ class Command:
 class CommandTable:
     """The commands on a fleet."""
 
-    def __init__(self, fleet: ControlledFleet[ControlledVm], emit: Emit, stop: Callable[[], None]) -> None:
-        """:param stop: asks the process to end, leaving the VMs running."""
+    def __init__(
+        self, fleet: ControlledFleet[ControlledVm], emit: Emit, stop: Callable[[], None], reload: Callable[[], None]
+    ) -> None:
+        """
+        :param stop: asks the process to end, leaving the VMs running.
+        :param reload: reads the fleet file again; raises HvaError where that is wrong.
+        """
         self._fleet = fleet
         self._emit = emit
         self._stop = stop
+        self._reload = reload
         self._commands = {
             command.name: command
             for command in (
                 Command("query-commands", Arguments, self._query_commands),
                 Command("query-version", Arguments, self._query_version),
                 Command("query-vms", Arguments, self._query_vms),
-                Command("vm-up", _Up, self._up),
-                Command("vm-down", _Down, self._down, detached=True),
-                Command("vm-status", _Named, self._status),
-                Command("vm-measure", _Named, self._measure),
-                Command("vm-console", _Named, self._console),
-                Command("vm-reclaim", _Reclaim, self._reclaim),
+                Command("vm-up", Up, self._up),
+                Command("vm-down", Down, self._down, detached=True),
+                Command("vm-status", Named, self._status),
+                Command("vm-measure", Named, self._measure),
+                Command("vm-report", Named, self._report),
+                Command("vm-console", Named, self._console),
+                Command("vm-reclaim", Reclaim, self._reclaim),
+                Command("vm-set", Set, self._set),
                 # Begun is ended: half of a freeze is of no use to anybody.
-                Command("vm-freeze", _Disk, self._freeze, detached=True),
-                Command("vm-merge", _Disk, self._merge),
-                Command("vm-restore", _Named, self._restore),
-                Command("vm-resume", _Named, self._resume, detached=True),
-                Command("vm-exec", _Exec, self._exec),
-                Command("vm-balloon", _Balloon, self._balloon),
+                Command("vm-freeze", Disk, self._freeze, detached=True),
+                Command("vm-merge", Disk, self._merge),
+                Command("vm-restore", Named, self._restore),
+                Command("vm-resume", Named, self._resume, detached=True),
+                Command("vm-exec", Exec, self._exec),
+                Command("vm-balloon", Balloon, self._balloon),
                 # QEMU goes on with what it has begun, so whoever keeps epochs from running beside it does too.
-                Command("vm-qmp", _Qmp, self._qmp, detached=True),
+                Command("vm-qmp", Qmp, self._qmp, detached=True),
+                Command("fleet-reload", Arguments, self._reload_fleet),
                 Command("quit", Arguments, self._quit),
             )
         }
@@ -188,67 +164,114 @@ class CommandTable:
         """The command of that name, if there is one."""
         return self._commands.get(name) if isinstance(name, str) else None
 
-    async def _query_commands(self, _: Arguments) -> object:
-        return [{"name": name} for name in ("qmp_capabilities", *self._commands)]
+    @property
+    def all(self) -> Sequence[Command]:
+        """Every command, in the order of their descriptions."""
+        return tuple(self._commands.values())
 
-    async def _query_version(self, _: Arguments) -> object:
-        return version()
+    # The docstrings are what docs/control.md says of the commands.
 
-    async def _query_vms(self, _: Arguments) -> object:
+    async def _query_commands(self, _: Arguments) -> list[CommandName]:
+        """The commands there are."""
+        return [CommandName(name=name) for name in ("qmp_capabilities", *self._commands)]
+
+    async def _query_version(self, _: Arguments) -> Version:
+        """The host agent's version."""
+        return Version.model_validate(version())
+
+    async def _query_vms(self, _: Arguments) -> list[VmStatus]:
+        """All VMs, by name."""
         statuses = await asyncio.gather(*(vm.status() for vm in self._fleet.vms()))
-        return [_json(status) for status in sorted(statuses, key=lambda status: status.name)]
+        return sorted(statuses, key=lambda status: status.name)
 
-    async def _up(self, arguments: _Up) -> object:
+    async def _up(self, arguments: Up) -> VmStatus:
+        """Start a VM; returns once the agent in its guest is connected. Events `VM_PROGRESS` tell how far it is.
+        Hanging up takes the VM back."""
         name = arguments.config.name
         vm = await self._fleet.up(
             arguments.config, lambda text: self._emit("VM_PROGRESS", {"name": name, "text": text})
         )
-        return _json(await vm.status())
+        return await vm.status()
 
-    async def _down(self, arguments: _Down) -> object:
-        return {"how": await self._fleet.down(arguments.name, arguments.keep_disks)}
+    async def _down(self, arguments: Down) -> Ended:
+        """End a VM: ask the guest, then QEMU, then kill."""
+        return Ended(how=await self._fleet.down(arguments.name, arguments.keep_disks))
 
-    async def _status(self, arguments: _Named) -> object:
-        return _json(await self._fleet.get(arguments.name).status())
+    async def _status(self, arguments: Named) -> VmStatus:
+        """All about one VM, as `hvaqemu status NAME --json` prints it."""
+        return await self._fleet.get(arguments.name).status()
 
-    async def _measure(self, arguments: _Named) -> object:
-        return _json(await self._fleet.get(arguments.name).measure())
+    async def _measure(self, arguments: Named) -> Measure:
+        """The memory of a VM, and what it costs."""
+        return await self._fleet.get(arguments.name).measure()
 
-    async def _console(self, arguments: _Named) -> object:
-        return {"path": str(self._fleet.get(arguments.name).console_log)}
+    async def _report(self, arguments: Named) -> VmReport:
+        """What the host agent remembers of a VM, for a report."""
+        return await self._fleet.get(arguments.name).report()
 
-    async def _reclaim(self, arguments: _Reclaim) -> object:
-        # Each epoch is an event of the VM's own.
-        return _json(await self._fleet.get(arguments.name).reclaim(arguments.states, epochs=arguments.epochs))
+    async def _console(self, arguments: Named) -> ConsoleLog:
+        """Where a VM's console is logged."""
+        return ConsoleLog(path=str(self._fleet.get(arguments.name).console_log))
 
-    async def _freeze(self, arguments: _Disk) -> object:
-        return {"disks": [_json(disk) for disk in await self._fleet.get(arguments.name).freeze(arguments.disk)]}
+    async def _reclaim(self, arguments: Reclaim) -> ReclaimResult:
+        """Give unneeded memory back to the host. Each epoch is an event `EPOCH`. Hanging up ends it, after its
+        protection is taken back."""
+        return await self._fleet.get(arguments.name).reclaim(arguments.states, epochs=arguments.epochs)
 
-    async def _merge(self, arguments: _Disk) -> object:
-        return {"merged": await self._fleet.get(arguments.name).merge(arguments.disk)}
+    async def _set(self, arguments: Set) -> ReclaimConfig:
+        """Change how a VM's memory is reclaimed, without touching its guest."""
+        reclaim = changed(self._fleet.get(arguments.name).config.reclaim, arguments.changes)
+        if arguments.changes:
+            self._fleet.set_reclaim(arguments.name, reclaim)
+        return reclaim
 
-    async def _restore(self, arguments: _Named) -> object:
-        return {"pages": await self._fleet.get(arguments.name).restore()}
+    async def _freeze(self, arguments: Disk) -> FrozenDisks:
+        """Make a layer of what the guest wrote; returns once it is indexed and in use. Events `LAYER_INDEXING` tell how
+        far it is."""
+        return FrozenDisks(disks=await self._fleet.get(arguments.name).freeze(arguments.disk))
 
-    async def _resume(self, arguments: _Named) -> object:
-        return {"held": await self._fleet.get(arguments.name).resume()}
+    async def _merge(self, arguments: Disk) -> MergedFiles:
+        """Merge the frozen files of a disk, or of each, into the lowest. Events `MERGING` tell how far it is. Hanging
+        up takes it back."""
+        return MergedFiles(merged=await self._fleet.get(arguments.name).merge(arguments.disk))
 
-    async def _exec(self, arguments: _Exec) -> object:
+    async def _restore(self, arguments: Named) -> RestoredPages:
+        """Make every page resident."""
+        return RestoredPages(pages=await self._fleet.get(arguments.name).restore())
+
+    async def _resume(self, arguments: Named) -> PagesStillHeld:
+        """Try held pages again, and let the guest go on once none is held."""
+        return PagesStillHeld(held=await self._fleet.get(arguments.name).resume())
+
+    async def _exec(self, arguments: Exec) -> ExecResult:
+        """Run a command in the guest, whose file must have `allow_exec: true`. Hanging up kills it."""
         vm = self._fleet.get(arguments.name)
-        return _json(await vm.execute(arguments.argv, timeout=arguments.timeout, stdin=arguments.stdin))
+        return await vm.execute(arguments.argv, timeout=arguments.timeout, stdin=arguments.stdin)
 
-    async def _balloon(self, arguments: _Balloon) -> object:
+    async def _balloon(self, arguments: Balloon) -> GuestMemory:
+        """Have the guest live with so much memory."""
         vm = self._fleet.get(arguments.name)
-        return {"bytes": await vm.balloon(arguments.size, arguments.timeout)}
+        return GuestMemory(bytes=await vm.balloon(arguments.size, arguments.timeout))
 
-    async def _qmp(self, arguments: _Qmp) -> object:
+    async def _qmp(self, arguments: Qmp) -> QmpReturn:
+        """Pass a command on to QEMU's monitor, past a guard."""
         vm = self._fleet.get(arguments.name)
-        return {"return": await vm.monitor(arguments.command, arguments.arguments, arguments.timeout)}
+        return QmpReturn(returned=await vm.monitor(arguments.command, arguments.arguments, arguments.timeout))
 
-    async def _quit(self, _: Arguments) -> object:
+    async def _reload_fleet(self, _: Arguments) -> Nothing:
+        """Read the fleet file again, as SIGHUP does."""
+        self._reload()
+        return Nothing()
+
+    async def _quit(self, _: Arguments) -> Nothing:
+        """End the host agent; VMs go on."""
         self._stop()
-        return {}
+        return Nothing()
 
 
-def _json(record: BaseModel) -> Any:
-    return record.model_dump(mode="json")
+def to_wire(returned: object) -> Any:
+    """What a command returned, as it is sent."""
+    if isinstance(returned, list):
+        return [to_wire(each) for each in returned]
+    assert isinstance(returned, BaseModel)
+    return returned.model_dump(mode="json", by_alias=True)

@@ -80,8 +80,8 @@ class Splitter:
         while True:
             match = (_END_OF_STRING if self._in_string else _MARK).search(buffer, self._at)
             if match is None:
-                # A backslash at the very end escapes what has not come yet.
-                self._at = len(buffer) - (self._in_string and buffer.endswith(b"\\"))
+                # A backslash at the very end escapes what has not come yet, if it is not escaped itself.
+                self._at = max(self._at, len(buffer) - (self._in_string and buffer.endswith(b"\\")))
                 return None
             self._at = match.end()
             mark = match[0]

@@ -10,8 +10,6 @@ next time: the list is of no consequence to the host.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import secrets
 import zlib
 from collections.abc import Callable
@@ -19,10 +17,10 @@ from contextlib import suppress
 
 import numpy as np
 
+from hva_host.agent import residences
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.pager_process import PagerHandle, call
-from hva_host.pager.messages import RESIDENCE_PAGES_MAX
-from hvaqemu.errors import HvaError, ProtocolError
+from hvaqemu.errors import HvaError
 from hvaqemu.pages import Residence
 from hvaqemu.protocol import DiscardedEnd, DiscardedPiece, unpack_map
 
@@ -71,7 +69,8 @@ class DiscardedList:
         if guest is None or not guest.keeps_lists or guest.hello is None:
             return
         agent = guest.hello.instance
-        maps = [await self._part(start) for start in range(0, self._pages, RESIDENCE_PAGES_MAX)]
+        parts = list(residences.parts(self._pages))
+        maps = [await residences.compressed_part(self._pager(), part) for part in parts]
         checksum = 0
         for data in maps:
             checksum = zlib.crc32(data, checksum)
@@ -79,23 +78,12 @@ class DiscardedList:
             return
         number = secrets.randbits(63) + 1
         totals = np.zeros(len(Residence), dtype=np.int64)
-        for piece, data in enumerate(maps):
-            start = piece * RESIDENCE_PAGES_MAX
-            pages = min(RESIDENCE_PAGES_MAX, self._pages - start)
-            kinds = np.frombuffer(unpack_map(data, pages), dtype=np.uint8)
+        for piece, (part, data) in enumerate(zip(parts, maps, strict=True)):
+            kinds = np.frombuffer(unpack_map(data, part.pages), dtype=np.uint8)
             totals += np.bincount(kinds, minlength=len(Residence))[: len(Residence)]
-            await guest.keep(DiscardedPiece(0, number, piece, start, pages, data), _PART_SECONDS)
+            await guest.keep(DiscardedPiece(0, number, piece, part.start, part.pages, data), _PART_SECONDS)
         status = await call(self._pager(), "status")
         _, zero, layer, preserved = totals.tolist()
         ever = (status["discarded_pages"], status["refault_pages"])
         await guest.keep(DiscardedEnd(0, number, len(maps), zero, layer, preserved, *ever), _PART_SECONDS)
         self._told = (agent, checksum)
-
-    async def _part(self, start: int) -> bytes:
-        """The compressed map of the pages from ``start`` on."""
-        pages = min(RESIDENCE_PAGES_MAX, self._pages - start)
-        answer = await self._pager().link.call("residence", {"start": start, "pages": pages})
-        try:
-            return base64.b64decode(answer["map"], validate=True)
-        except (binascii.Error, KeyError, TypeError) as error:
-            raise ProtocolError("the pager's map is none") from error

@@ -22,12 +22,15 @@ from hva_host.agent.members import members
 from hva_host.agent.model import EpochStats, PhaseSeconds
 from hva_host.agent.pager_link import PagerLink
 from hva_host.agent.slices import Slices
+from hva_host.agent.steps import FreePages, Step
 from hva_host.pager.epoch import CONFIRM_ROUNDS
+from hva_host.pager.membership import Member
+from hva_host.policy.pacing import report_serves
 from hvaqemu.errors import HvaError, PeerLost
 from hvaqemu.faultpoints import reach
 from hvaqemu.pages import Run
 from hvaqemu.qemu.race import race
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 
 _SCAN_SECONDS = 5.0
 #: More for every million pages.
@@ -59,11 +62,14 @@ class EpochDriver:
         self._round = secrets.randbits(32)
         self._protection = protection
         self._slices = Slices(protection)
+        self._free_pages = FreePages(pages)
         #: The newest event of each name, and that one came.
         self._events: dict[str, dict[str, Any]] = {}
         self._came = asyncio.Event()
         #: The guest's newest report; the pager proves everything, so an old one only costs time.
         self.report: ScanReport | None = None
+        #: When it came, on the monotonic clock.
+        self.reported_at = 0.0
 
     def on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         """To be called with every event of the VM's pager."""
@@ -78,37 +84,52 @@ class EpochDriver:
         *,
         sift: bool,
         drain: Drain | None = None,
+        step: Step | None = None,
     ) -> EpochStats:
         """One epoch.
 
         :param guest: who reports and confirms; None: nobody is asked, so the last report serves, and only for copies.
         :param drain: has I/O end that began before pages were protected; None: none does direct I/O.
+        :param step: keeps it small; None: all that is found goes at once.
         :raise PeerLost: the pager went.
         :raise DeadlineExceeded: the pager did not end the epoch in time.
         :raise RefusedError: the pager refuses: a device pins RAM, or it is busy.
         """
         began = time.monotonic()
-        if guest is not None:
-            await self._scan(guest)
+        if guest is not None and not self._may_be_old(states, step):
+            await self.scan(guest)
+            scanned = time.monotonic()
+        else:
+            scanned = began
         reach("agent.epoch.scanned")
-        scanned = time.monotonic()
         if guest is None or not _may_lose_free_pages(guest):
             states = [state for state in states if state is not ReclaimState.UNUSED]
         classes = self.report.classes if self.report is not None else None
         wanted = members(classes, self._pages, states, sift=sift)
+        if step is not None and step.sampled:
+            wanted[(wanted == Member.UNUSED) & ~self._free_pages.long_free(scanned)] = Member.OUT
         done: list[dict[str, Any]] = []
         for part in self._slices.over(wanted):
             members_of = wanted[part.start : part.stop]
             said = self.transact(
-                pager, members_of, self._protection, guest, part.start, goes_on=bool(done), drain=drain
+                pager, members_of, self._protection, guest, part.start, goes_on=bool(done), drain=drain, step=step
             )
             done.append(await said)
+            if step is not None and (step := step.after(done[-1]["proven"])) is None:
+                break
             self._slices.took(done[-1]["protected_s"])
             if self._slices.again:
                 done[-1] |= {"candidates": done[-1]["discarded"] + done[-1]["touched"], **_LEFT}
         if not done:
             done.append(await self.transact(pager, wanted[:1], self._protection))
         return _stats(done, scan=scanned - began, total=time.monotonic() - began)
+
+    def _may_be_old(self, states: Collection[ReclaimState], step: Step | None) -> bool:
+        """Does the last report serve? What is proven byte by byte needs none; it only says what to look at."""
+        # Where whatever is there goes, a guest that fills its memory would have hardly anything of the last report.
+        if step is None or not step.sampled or ReclaimState.UNUSED in states or self.report is None:
+            return False
+        return time.monotonic() - self.reported_at < report_serves(self.report.guest_seconds)
 
     async def transact(
         self,
@@ -120,6 +141,7 @@ class EpochDriver:
         *,
         goes_on: bool = False,
         drain: Drain | None = None,
+        step: Step | None = None,
     ) -> dict[str, Any]:
         """Have the pager do one slice of an epoch, carrying the guest's confirmations; what the pager said of it.
 
@@ -127,11 +149,14 @@ class EpochDriver:
         :param seconds: when protection ends at the latest.
         :param guest: who confirms UNUSED pages; None: nobody does.
         :param goes_on: it is a further slice of the epoch of the call before.
+        :param step: as for :meth:`run`.
         :raise HvaError: as :meth:`run`.
         """
         self._round += not goes_on
         arguments: dict[str, object] = {"seconds": seconds, "first": first, "store": self._store, "round": self._round}
         arguments["drain"] = drain is not None
+        if step is not None:
+            arguments |= {"sampled": step.sampled, "most": step.pages}
         number = (await pager.call("begin-epoch", arguments, wanted.tobytes()))["number"]
         reach("agent.epoch.begun")
         limit = seconds + _GRACE_SECONDS
@@ -181,12 +206,15 @@ class EpochDriver:
             await self._came.wait()
         return self._events.pop(name)
 
-    async def _scan(self, guest: GuestLink) -> None:
+    async def scan(self, guest: GuestLink) -> None:
+        """Have the guest report. One that is silent does not keep copies from being reclaimed: they need nothing of
+        it."""
         try:
             self.report = await guest.scan(_SCAN_SECONDS + _SCAN_SECONDS_PER_MILLION * self._pages / 1e6)
         except HvaError:
-            # A silent guest agent does not keep copies from being reclaimed: they need nothing from it.
             return
+        self.reported_at = time.monotonic()
+        self._free_pages.reported(self.report.classes, self.reported_at)
 
     async def _confirm(self, guest: GuestLink, pager: PagerLink, epoch: bytes, part: Run, seconds: float) -> None:
         try:

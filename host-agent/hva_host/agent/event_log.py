@@ -7,40 +7,24 @@ import json
 import logging
 from typing import Any
 
-from hva_host.agent.guest_budget import TokenBucket
+from hva_host.agent.event_rates import EventRates
+from hva_host.agent.events import is_loud
 
 log = logging.getLogger(__name__)
 
 #: Lines a minute for one event of one VM, and at once after a pause.
 _RATE, _BURST = 6.0, 30.0
-#: Events of VMs that are remembered: more than a host has.
-_KEYS_MAX = 4096
 #: Epochs are counted, not told: with reclaim going on all the time there is no end of them.
 _UNTOLD = frozenset({"EPOCH"})
-#: What an operator should see among the rest; so are states that take one.
-_LOUD = frozenset(
-    {
-        *("VM_HELD", "LAYER_WRITER", "LAYER_CHANGED", "RECLAIM_REFUSED", "PAGER_LOST", "PAGER_FAILED"),
-        *("FREEZE_BUDGET", "FREEZE_FAILED"),
-    }
-)
+#: States that take an operator.
 _LOUD_STATES = frozenset({"held", "panicked"})
-
-
-class _Account:
-    """One event of one VM."""
-
-    def __init__(self) -> None:
-        self.bucket = TokenBucket(_RATE / 60, _BURST)
-        self.until = 0.0
-        self.untold = 0
 
 
 class EventLog:
     """Writes events to the log, few of each kind."""
 
     def __init__(self) -> None:
-        self._accounts: dict[tuple[str, str], _Account] = {}
+        self._rates = EventRates(_RATE / 60, _BURST)
 
     def write(self, event: str, data: dict[str, Any], now: float) -> None:
         """Log an event, or count it if there were many like it lately.
@@ -49,14 +33,9 @@ class EventLog:
         """
         if event in _UNTOLD:
             return
-        if len(self._accounts) >= _KEYS_MAX:
-            self._accounts.clear()
-        account = self._accounts.setdefault((event, str(data.get("name"))), _Account())
-        if now < account.until:
-            account.untold += 1
+        untold = self._rates.admit(event, str(data.get("name")), now)
+        if untold is None:
             return
-        account.until = now + account.bucket.take(1, now)
-        more = f" (and {account.untold} more before it)" if account.untold else ""
-        account.untold = 0
-        loud = event in _LOUD or data.get("state") in _LOUD_STATES
+        more = f" (and {untold} more before it)" if untold else ""
+        loud = is_loud(event) or data.get("state") in _LOUD_STATES or bool(data.get("error"))
         log.log(logging.WARNING if loud else logging.INFO, "%s %s%s", event, json.dumps(data, default=str), more)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hva_host.agent import records
+from hva_host.agent import records, vm_network
+from hva_host.agent.chores import Chores
 from hva_host.agent.condition import Listener
+from hva_host.agent.governor import Governor
 from hva_host.agent.lifecycle import adopt_vm, command_of, end_orphan, lives, start_vm
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.plan import Progress
 from hva_host.agent.records import VmFolder
 from hva_host.agent.vm import Vm
+from hva_host.policy.samples import Limits
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, HostError, HvaError, PeerLost, RefusedError
 from hvaqemu.paths import runtime_dir
 from hvaqemu.qemu.process import StopTimeouts
+from hvaqemu.reclaim_config import ReclaimConfig
 
 _DOWN = StopTimeouts()
 
@@ -37,7 +42,7 @@ class Fleet:
     def __init__(self, runtime: Path, *, embedded: bool = False, on_event: Listener = _ignore) -> None:
         self._runtime = runtime
         self._embedded = embedded
-        self._on_event = on_event
+        self._tell = on_event
         self._pagers = PagerParent()
         self._vms: dict[str, Vm] = {}
         self._names: dict[str, asyncio.Lock] = {}
@@ -47,14 +52,31 @@ class Fleet:
         self._cleared: dict[str, str] = {}
         #: VMs that run and that this version can not take over, and why.
         self._foreign: dict[str, HostError] = {}
+        #: What policy keeps to, beside what each VM's config says.
+        self.limits = Limits()
+        self._policy = Chores(
+            "fleet", lambda task, error: on_event("TASK_FAILED", {"task": task, "error": repr(error)})
+        )
+        self.governor = Governor(self.vms, lambda: self.limits, on_event, self._policy.failed)
 
     async def start(self) -> None:
-        """Adopt the VMs nobody owns; what is left of dead ones is deleted."""
+        """Adopt the VMs nobody owns; what is left of dead ones is deleted. Policy begins."""
         # Without it pagers that live still serve; it is tried again when one is needed.
         with suppress(HostError):
             await self._pagers.prepare()
         # All at once: one that does not answer must not keep others waiting for a pager.
         await asyncio.gather(*(self._adopt_or_tell(name) for name in records.names(self._runtime)))
+        self._govern()
+
+    def _on_event(self, event: str, data: dict[str, Any]) -> None:
+        self._tell(event, data)
+        if event == "RECLAIM_CONFIG":
+            self.governor.poke()
+
+    def _govern(self) -> None:
+        if not self._policy.busy:
+            self._policy.begin("policy", self.governor.run())
+        self.governor.poke()
 
     async def _adopt_or_tell(self, name: str) -> None:
         try:
@@ -108,6 +130,7 @@ class Fleet:
             finally:
                 del self._starting[name]
             self._vms[name] = vm
+            self._govern()
             return vm
 
     async def _claim(self, name: str) -> VmFolder:
@@ -148,6 +171,7 @@ class Fleet:
         how = await vm.stop(_DOWN)
         if keep_disks:
             vm.folder.store(vm.record, keep=True)
+        await vm_network.remove(vm.folder)
         vm.folder.remove(keep_disks)
         del self._vms[vm.name]
         return how
@@ -158,6 +182,20 @@ class Fleet:
             self.get(name)
         VmFolder(self._runtime, name).remove(keep=False)
         return "its disk was kept"
+
+    def set_reclaim(self, name: str, reclaim: ReclaimConfig) -> None:
+        """Change how a VM's memory is reclaimed; its guest is not touched.
+
+        :raise ConfigError: no such VM.
+        :raise RefusedError: its QEMU discards pages by itself.
+        :raise HostError: no room to record it; nothing has changed.
+        """
+        self.get(name).set_reclaim(reclaim)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Change what policy keeps to on this host."""
+        self.limits = limits
+        self.governor.poke()
 
     def get(self, name: str) -> Vm:
         """The VM of that name.
@@ -171,12 +209,18 @@ class Fleet:
             raise ConfigError(f"VM {name}: no such VM", f"known: {known}")
         return self._vms[name]
 
+    @property
+    def starting(self) -> Collection[str]:
+        """Names of VMs that are not there yet."""
+        return self._starting.keys()
+
     def vms(self) -> list[Vm]:
         """All VMs, by name."""
         return [self._vms[name] for name in sorted(self._vms)]
 
     async def close(self) -> None:
         """Let go of all VMs: they go on; embedded ones are ended."""
+        await self._policy.cancel()
         for vm in self.vms():
             if self._embedded:
                 with suppress(HvaError):

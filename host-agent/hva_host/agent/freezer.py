@@ -10,7 +10,7 @@ The order, with a fault point between each two steps; whoever is killed, the cha
 5. the frozen file is made read-only (0400). QEMU has reopened it read-only by then, so the layer watch gets its lease.
 6. it is indexed, recorded as a layer, watched, and the pager hears of it (:mod:`hva_host.agent.layer_book`).
 
-:func:`settle` goes on from wherever a host agent was killed, and does nothing where nothing is to be done.
+A disk that nothing was written to since it was frozen last is passed over: its file would be an empty layer.
 """
 
 from __future__ import annotations
@@ -67,20 +67,26 @@ class Disks:
         self.keeper.store(chains=tuple(new.get(chain.disk, chain) for chain in self.chains), **more)
 
 
-async def freeze(disks: Disks, names: Sequence[str]) -> list[Path]:
-    """Freeze these disks at one moment; the files frozen. They are no layers yet: :func:`settle` makes them that.
+async def freeze(disks: Disks, names: Sequence[str]) -> dict[str, Path]:
+    """Freeze those of these disks that something was written to, at one moment; the files frozen. They are no layers
+    yet: :func:`index_frozen` makes them that.
 
-    :raise HvaError: nothing is frozen, or it is not known, and then :func:`settle` finds out.
+    :raise HvaError: nothing is frozen, or it is not known, and then :func:`believe` finds out.
     """
     qmp = disks.qmp()
-    before = [disks.chain(name) for name in names]
-    wanted = [chain.next() for chain in before]
-    for chain in wanted:
+    wanted: list[Chain] = []
+    for chain in (disks.chain(name).next() for name in names):
         assert chain.pending is not None
         # Of a freeze that failed; QEMU has none of that name, or blockdev-add says so.
-        chain.pending.unlink(missing_ok=True)
+        delete(chain.pending)
         await asyncio.to_thread(create_next, chain.active, chain.pending, chain.size)
+        if _holds_nothing(chain.active, chain.pending):
+            delete(chain.pending)
+        else:
+            wanted.append(chain)
     reach("agent.freeze.made")
+    if not wanted:
+        return {}
     disks.store(*wanted)
     reach("agent.freeze.recorded")
     try:
@@ -102,9 +108,9 @@ async def freeze(disks: Disks, names: Sequence[str]) -> list[Path]:
         raise
     reach("agent.freeze.pivoted")
     await believe(disks)
-    for chain in before:
+    for chain in wanted:
         disks.tell("FROZEN", {"disk": chain.disk, "layer": str(chain.active)})
-    return [chain.active for chain in before]
+    return {chain.disk: chain.active for chain in wanted}
 
 
 async def believe(disks: Disks) -> None:
@@ -120,7 +126,7 @@ async def believe(disks: Disks) -> None:
         if chain.pending is not None and chain.pending not in files:
             with suppress(QmpError):
                 await qmp.execute("blockdev-del", {"node-name": chain.pending.stem})
-            chain.pending.unlink(missing_ok=True)
+            delete(chain.pending)
     if tuple(found) != disks.chains:
         disks.store(*found)
     reach("agent.freeze.believed")
@@ -145,6 +151,17 @@ async def index_frozen(disks: Disks) -> list[Path]:
     return added
 
 
+def delete(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    :raise HostError: it can not be deleted.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise HostError(f"{path}: can not be deleted: {error.strerror}") from error
+
+
 def connected(qmp: QmpLink | None) -> QmpLink:
     """A link that is up.
 
@@ -153,6 +170,15 @@ def connected(qmp: QmpLink | None) -> QmpLink:
     if qmp is None or not qmp.connected:
         raise PeerLost("QMP: not connected")
     return qmp
+
+
+def _holds_nothing(path: Path, empty: Path) -> bool:
+    """Whether a qcow2 file has nothing in it, as an ``empty`` one of the same size: what is written goes behind its
+    tables, and so do the tables for that."""
+    try:
+        return path.stat().st_size <= empty.stat().st_size
+    except OSError as error:
+        raise HostError(f"{error.filename}: {error.strerror}") from error
 
 
 def _index_of(path: Path) -> Path:

@@ -18,6 +18,7 @@ from hvaqemu.errors import GuestError, ProtocolError
 from hvaqemu.pages import STATE_MASK, PageState, Run
 from hvaqemu.protocol import (
     UNKNOWN_U32,
+    UNKNOWN_U64,
     ConfirmEnd,
     ConfirmPiece,
     DiscardedKept,
@@ -70,8 +71,11 @@ class GuestStats:
     memory_free_bytes: int
     memory_available_bytes: int
     uptime_seconds: float
-    #: Memory pressure (PSI) "some avg10", percent; None where the guest does not have it.
+    #: Memory pressure (PSI) "some avg10" and "full avg10", percent; None where the guest does not have it.
     pressure_percent: float | None
+    full_pressure_percent: float | None
+    #: Pages its kernel read again soon after it had evicted them, since boot; None where it does not say.
+    workingset_refaults: int | None
 
 
 class Exchange(ABC, Generic[T]):
@@ -184,6 +188,10 @@ class ConfirmExchange(Exchange[NDArray[np.bool_]]):
         return self._free
 
 
+def _percent(hundredths: int) -> float | None:
+    return None if hundredths == UNKNOWN_U32 else hundredths / 100
+
+
 class StatsExchange(Exchange[GuestStats]):
     """STATS: one report."""
 
@@ -197,7 +205,9 @@ class StatsExchange(Exchange[GuestStats]):
             memory_free_bytes=message.memory_free,
             memory_available_bytes=message.memory_available,
             uptime_seconds=message.uptime_ms / 1000,
-            pressure_percent=None if message.pressure == UNKNOWN_U32 else message.pressure / 100,
+            pressure_percent=_percent(message.pressure),
+            full_pressure_percent=_percent(message.pressure_full),
+            workingset_refaults=None if message.workingset_refaults == UNKNOWN_U64 else message.workingset_refaults,
         )
 
 

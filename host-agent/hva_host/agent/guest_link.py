@@ -63,7 +63,8 @@ log = logging.getLogger(__name__)
 #: Bytes of output an :meth:`GuestLink.execute` keeps unless told otherwise.
 OUTPUT_LIMIT = 4 << 20
 
-_TICK = 0.25
+#: How often the session looks at the time, in seconds; an agent that is attached is only asked now and then for a word.
+_TICK, _TICK_ATTACHED = 0.25, 1.0
 _RECONNECT_MIN, _RECONNECT_MAX = 0.05, 1.0
 #: Seconds a command's end may take beyond the command's own timeout.
 _EXEC_GRACE = 10.0
@@ -283,7 +284,8 @@ class GuestLink:
     async def _converse(self, channel: GuestChannel) -> None:
         """Until the connection is gone."""
         while not channel.closed.done():
-            await asyncio.wait({channel.closed}, timeout=_TICK)
+            quiet = self.state is LinkState.ATTACHED and not channel.decoder.buffered
+            await asyncio.wait({channel.closed}, timeout=_TICK_ATTACHED if quiet else _TICK)
             channel.look_for_stale()
             self._session.tick(time.monotonic())
 

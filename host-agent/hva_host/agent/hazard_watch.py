@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
+import time
 from collections.abc import Collection
 from contextlib import suppress
 
@@ -13,8 +16,11 @@ from hvaqemu.qemu.events import DeviceDeleted, OtherEvent, QmpEvent, Resume, Sto
 from hvaqemu.qemu.process import QemuProcess
 from hvaqemu.qemu.qmp import QmpLink
 
-#: QEMU tells of devices that went, not of those that came.
+#: QEMU tells of devices that went, not of those that came. But whatever pins RAM, or hands it to others, has a
+#: descriptor in QEMU (a device of the kernel's, a socket, a memfd): those are counted often, for a hundredth of what a
+#: full look costs, and another number is followed by a full one. So is whatever was found, until it has gone.
 _EVERY_SECONDS = 2.0
+_FULL_SECONDS = 60.0
 _TELLING = ("DEVICE_", "MIGRATION", "JOB_STATUS_CHANGE", "MEMORY_DEVICE_", "DUMP_COMPLETED", "BLOCK_JOB_")
 
 
@@ -30,6 +36,8 @@ class HazardWatch:
         self._qmp = qmp
         self._process = process
         self._poked = asyncio.Event()
+        self._descriptors = 0
+        self._looked_at = -math.inf
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """To be called with every event of QEMU's."""
@@ -62,10 +70,22 @@ class HazardWatch:
     async def run(self) -> None:
         """Look every few seconds, and whenever QEMU tells of a change, until cancelled."""
         while True:
-            self._poked.clear()
             # Told of in time by whoever asks for an epoch.
             with suppress(HvaError):
-                await self.look(deep=True)
+                if self._due():
+                    await self.look(deep=True)
+                    self._looked_at = time.monotonic()
             with suppress(TimeoutError):
                 async with asyncio.timeout(_EVERY_SECONDS):
                     await self._poked.wait()
+
+    def _due(self) -> bool:
+        """Is it time for a full look?"""
+        before = self._descriptors
+        with suppress(OSError):
+            # A path object for each of a hundred would cost more than all the rest.
+            self._descriptors = len(os.listdir(f"/proc/{self._process.pid}/fd"))  # noqa: PTH208
+        poked = self._poked.is_set()
+        self._poked.clear()
+        late = time.monotonic() - self._looked_at >= _FULL_SECONDS
+        return poked or late or self._descriptors != before or bool(self._refusals.text)

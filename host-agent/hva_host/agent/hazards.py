@@ -31,11 +31,12 @@ _OBJECTS_MAX = 2000
 _RAM_LINK = "/memfd:memory-backend-memfd"
 
 
-async def of_qemu(qmp: QmpLink, *, deep: bool, direct: Collection[str] = ()) -> str:
+async def of_qemu(qmp: QmpLink, *, deep: bool, direct: Collection[str] = (), reporting: bool = False) -> str:
     """Why discarding is unsafe, as QEMU tells it, or "".
 
     :param deep: look below devices too, which takes some 20 ms; all that can be plugged in is found without.
     :param direct: nodes that may do direct I/O: epochs are bracketed for them.
+    :param reporting: free page reporting is no reason: nothing of this VM is ever to be discarded.
     :raise HvaError: QEMU went, or did not answer.
     """
     looks: tuple[Callable[[QmpLink], Awaitable[str]], ...] = (_moving, _ram, _networks)
@@ -44,7 +45,7 @@ async def of_qemu(qmp: QmpLink, *, deep: bool, direct: Collection[str] = ()) -> 
             return reason
     if reason := await _disks(qmp, direct):
         return reason
-    return await _devices(qmp, deep)
+    return await _devices(qmp, deep, reporting)
 
 
 async def listen(qmp: QmpLink) -> None:
@@ -130,7 +131,7 @@ async def _networks(qmp: QmpLink) -> str:
     return ""
 
 
-async def _devices(qmp: QmpLink, deep: bool) -> str:
+async def _devices(qmp: QmpLink, deep: bool, reporting: bool) -> str:
     """Devices wherever they sit in the tree, and whether a balloon among them reports free pages."""
     left, seen = list(_FOLDERS), 0
     while left:
@@ -141,7 +142,7 @@ async def _devices(qmp: QmpLink, deep: bool) -> str:
                 return f"the VM has more than {_OBJECTS_MAX} devices; they can not all be looked at"
             if reason := unsafe.kind(kind):
                 return f"device {name}: {reason}"
-            if kind.startswith(_BALLOON) and await _reports(qmp, f"{folder}/{name}"):
+            if not reporting and kind.startswith(_BALLOON) and await _reports(qmp, f"{folder}/{name}"):
                 return f"device {name}: free page reporting is on, and discards pages on its own"
             if deep and not kind.startswith(_LEAVES):
                 left.append(f"{folder}/{name}")

@@ -74,7 +74,9 @@ def refuse_writers(image: Path) -> None:
         lease = Lease(fd).renew()
         found = writers(os.fstat(fd)) if lease is not LeaseState.HELD else []
         if found or lease is LeaseState.WRITER:
-            raise RefusedError(f"image {image}: {_opened_by(found)}", "a VM's base must not change; end that first")
+            raise RefusedError(
+                f"image {image}: {_opened_by(found)}", "what pages depend on must not change; end that first"
+            )
     finally:
         os.close(fd)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from hva_host.agent import accounts, hazards, plan
+from hva_host.agent import accounts, hazards, plan, vm_network
 from hva_host.agent.condition import Listener
 from hva_host.agent.layer_watch import content_of
 from hva_host.agent.pager_keeper import connect_or_start
@@ -16,10 +17,12 @@ from hva_host.agent.records import VmFolder, VmRecord, disks_of
 from hva_host.agent.vm import Vm
 from hva_host.shim import ensure_shim
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import DeadlineExceeded, HvaError, LaunchError, PeerLost, RefusedError
+from hvaqemu.errors import DeadlineExceeded, HostError, HvaError, LaunchError, PeerLost, RefusedError
 from hvaqemu.faultpoints import reach
+from hvaqemu.network_config import TapNetwork
 from hvaqemu.qemu.command import LaunchSockets, build_command, direct_nodes
 from hvaqemu.qemu.events import QmpEvent
+from hvaqemu.qemu.host_network import HostNetwork
 from hvaqemu.qemu.launch import QEMU_LOG, QMP_SOCKET, launch
 from hvaqemu.qemu.process import QemuProcess, StopTimeouts
 from hvaqemu.qemu.qmp import QmpLink
@@ -49,34 +52,51 @@ async def start_vm(
     """
     async with AsyncExitStack() as undo:
         kept = folder.kept()
-        undo.callback(folder.remove, keep=kept is not None)
+        host_network = HostNetwork(config.name, folder.path)
+        undo.push_async_callback(_forget, folder, kept is not None, lambda: vm_network.remove_made(host_network))
+        store = await asyncio.to_thread(plan.store_file, config)
+        if store is not None:
+            undo.callback(store.close)
         shim = await asyncio.to_thread(ensure_shim, progress)
         image = await asyncio.to_thread(plan.image_of, config, progress)
         if kept is not None:
             image = await asyncio.to_thread(plan.image_of_kept, config.name, image, kept)
             progress(f"booting from the disk that was kept of {config.name}")
-        index = await plan.ensure_index(image.root, progress)
-        layers, contents = ((image.root, index),), (await asyncio.to_thread(content_of, image.root, index),)
         chains = plan.new_chains(config, image, folder.disks)
         fresh = chains
         if kept is not None:
             # What was swapped out is of no use to a guest that boots.
             fresh = chains[1:]
             chains = (kept.chain.without_qemu(), *fresh)
-        folder.make_disks(chains[0] if kept is not None else None)
         files = plan.launch_files(config, image, runtime=folder.path, chains=chains)
+        layers = await plan.layers_of(image, files.extra_disks, progress)
+        contents = tuple([await asyncio.to_thread(content_of, path, index) for path, index in layers])
+        folder.make_disks(chains[0] if kept is not None else None)
         await asyncio.to_thread(plan.make_disks, fresh)
         reach("agent.up.disks")
+        network = await vm_network.make(host_network, config)
         progress("starting QEMU")
         events = _Relay()
         process, qmp = await launch(
-            config, files, runtime=folder.path, shim=shim, on_event=events.deliver, die_with_parent=die_with_parent
+            config,
+            files,
+            runtime=folder.path,
+            shim=shim,
+            on_event=events.deliver,
+            store=None if store is None else store.fileno(),
+            tap=host_network.tap if isinstance(config.network, TapNetwork) else None,
+            die_with_parent=die_with_parent,
         )
         undo.push_async_callback(_end, process, qmp)
+        host_network.handed_over()
+        if store is not None:
+            # QEMU's is the one that lasts: the file goes with it.
+            store.close()
         reach("agent.up.launched")
         try:
             await hazards.listen(qmp)
-            if reason := await hazards.of_qemu(qmp, deep=True, direct=direct_nodes(config.extra_disks)):
+            direct, reporting = direct_nodes(config.extra_disks), config.balloon.free_page_reporting
+            if reason := await hazards.of_qemu(qmp, deep=True, direct=direct, reporting=reporting):
                 raise RefusedError(f"VM {config.name}: {reason}", "take it out of qemu_args")
             record = VmRecord(
                 config=config,
@@ -85,6 +105,7 @@ async def start_vm(
                 layers=layers,
                 contents=contents,
                 chains=chains,
+                network=network,
             )
             vm = Vm(folder, record, process, qmp, pagers, listener)
             undo.push_async_callback(vm.stop, _KILL)
@@ -150,19 +171,34 @@ async def _end(process: QemuProcess, qmp: QmpLink) -> None:
     process.close()
 
 
+async def _forget(folder: VmFolder, keep: bool, remove_network: Callable[[], Awaitable[None]]) -> None:
+    """Delete what a start that failed has made."""
+    try:
+        await remove_network()
+    except HostError:
+        # What failed before is what there is to say. The record stays for the next host agent.
+        folder.release()
+    else:
+        folder.remove(keep=keep)
+
+
 async def end_orphan(folder: VmFolder) -> None:
-    """Make sure no QEMU of a half-started VM is left, then delete its files."""
+    """Make sure no QEMU of a half-started VM is left, then delete what it leaves.
+
+    :raise HostError: its network can not be removed.
+    """
     # By its log rather than by the record: a host agent may have died between starting QEMU and writing that down.
     for pid, start_time in accounts.writers(folder.path / QEMU_LOG):
         with suppress(PeerLost):
             process = QemuProcess.adopt(pid, start_time, folder.path / QEMU_LOG)
             await process.stop(None, _KILL)
             process.close()
+    await vm_network.remove(folder)
     folder.remove()
 
 
 def command_of(config: VmConfig, runtime: Path) -> list[str]:
-    """The command line QEMU would be started with; nothing is started. Sockets are descriptors 3 and 4.
+    """The command line QEMU would be started with; nothing is started. It inherits descriptors 3 to 5.
 
     :raise HvaError: the image or a disk can not be used.
     """
@@ -170,7 +206,7 @@ def command_of(config: VmConfig, runtime: Path) -> list[str]:
     folder = runtime / "vms" / config.name
     chains = plan.new_chains(config, image, disks_of(config.name))
     files = plan.launch_files(config, image, runtime=folder, chains=chains)
-    return build_command(config.profile, config, files, LaunchSockets(qmp=3, agent=4))
+    return build_command(config.profile, config, files, LaunchSockets(qmp=3, agent=4, tap=5))
 
 
 async def lives(record: VmRecord, folder: VmFolder) -> bool:

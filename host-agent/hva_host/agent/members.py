@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hva_host.pager.membership import SWAP_CACHE, Member
 from hvaqemu.pages import STATE_MASK, PageAttribute, PageState
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 
 
 def members(

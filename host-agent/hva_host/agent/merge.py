@@ -32,10 +32,9 @@ from hvaqemu.errors import DeadlineExceeded, HostError, HvaError, RefusedError
 from hvaqemu.faultpoints import reach
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu.qmp import QmpError
+from hvaqemu.units import format_duration
 
 _POLL_SECONDS = 0.1
-#: A job that moves nothing for so long is cancelled.
-_STUCK_SECONDS = 60.0
 _CANCEL_SECONDS = 30.0
 
 
@@ -49,9 +48,10 @@ def plan(chain: Chain, place: int) -> Merge:
     return Merge(disk=chain.disk, target=chain.frozen[place], sources=chain.frozen[place + 1 :])
 
 
-async def merge(disks: Disks, wanted: Merge) -> bool:
-    """Carry a merge out, or on; did it come to its end?
+async def merge(disks: Disks, wanted: Merge, patience: float) -> str:
+    """Carry a merge out, or on; why it did not come to its end, or "".
 
+    :param patience: seconds; a job that moves nothing for so long is taken back.
     :raise RefusedError: a page that depends on the target can not be made resident.
     :raise HvaError: QEMU or the pager went or was silent; the merge is still recorded, and is to be gone on with.
     """
@@ -59,7 +59,7 @@ async def merge(disks: Disks, wanted: Merge) -> bool:
         disks.store(merging=wanted)
     reach("agent.merge.recorded")
     await believe(disks)
-    done = _is_done(disks, wanted)
+    done, why = _is_done(disks, wanted), ""
     # One that has ended keeps the disk to itself until it is dismissed.
     job = await _job(disks, wanted)
     if not done or job is not None:
@@ -68,7 +68,7 @@ async def merge(disks: Disks, wanted: Merge) -> bool:
                 await _withdraw_target(disks, wanted)
                 await _begin(disks, wanted)
             reach("agent.merge.begun")
-            await _wait(disks, wanted)
+            why = await _wait(disks, wanted, patience)
         except asyncio.CancelledError:
             with suppress(HvaError):
                 await asyncio.shield(_take_back(disks, wanted))
@@ -81,28 +81,37 @@ async def merge(disks: Disks, wanted: Merge) -> bool:
     disks.store(merging=None, retired=_retired(disks, wanted if done else None))
     reach("agent.merge.retired")
     await index_frozen(disks)
-    await sweep(disks)
-    return done
+    return "" if done else why or "QEMU ended it"
 
 
-async def sweep(disks: Disks) -> None:
-    """Delete merged files that no page depends on any more.
+async def sweep(disks: Disks) -> dict[Path, str]:
+    """Delete merged files that no page depends on any more; why those that could not be deleted were not.
 
     :raise HvaError: the pager went or was silent.
     """
-    for path in disks.keeper.record.retired:
+    failed: dict[Path, str] = {}
+    retired = disks.keeper.record.retired
+    known = await disks.book.dependants() if set(retired) & set(disks.book.images) else []
+    for path in retired:
         if path in disks.book.images:
+            slots = [layer for layer in known if layer["path"] == str(path)]
             async with disks.exclusive:
-                # Once more: a pager that was started between the last two steps of this has taken it for a new layer.
-                await disks.book.withdraw(path, move=False)
+                if not all(layer["withdrawn"] for layer in slots):
+                    # A pager that was started after the merge has taken it for a new layer.
+                    await disks.book.withdraw(path, move=False)
+                elif any(layer["pages"] for layer in slots):
+                    continue
                 if not await disks.book.drop(path):
                     continue
-        reach("agent.merge.dropped")
         try:
+            reach("agent.merge.dropped")
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise HostError(f"{path}: {error.strerror}") from error
+            # It stays recorded, and is tried again.
+            failed[path] = error.strerror or str(error)
+            continue
         disks.store(retired=tuple(other for other in disks.keeper.record.retired if other != path))
+    return failed
 
 
 def _is_done(disks: Disks, wanted: Merge) -> bool:
@@ -144,26 +153,31 @@ async def _begin(disks: Disks, wanted: Merge) -> None:
     await disks.qmp().execute("block-commit", arguments)
 
 
-async def _wait(disks: Disks, wanted: Merge) -> None:
-    """Wait for the job and dismiss it; the block graph tells what came of it.
+async def _wait(disks: Disks, wanted: Merge, patience: float) -> str:
+    """Wait for the job, or take it back, and dismiss it; what QEMU or we have against it, or "". The block graph tells
+    what came of it.
 
-    :raise DeadlineExceeded: it moved nothing for a while and was cancelled.
+    :raise DeadlineExceeded: it moved nothing for a while, and can not be taken back.
     """
     moved, since = -1, time.monotonic()
     while (job := await _job(disks, wanted)) is not None:
         data = {"disk": wanted.disk, "done": job["current-progress"], "size": job["total-progress"]}
         if job["status"] == "concluded":
-            disks.tell("MERGE_ENDED", {**data, "error": str(job.get("error", ""))})
+            why = str(job.get("error", ""))
             await disks.qmp().execute("job-dismiss", {"id": _job_id(wanted)})
-            return
+            disks.tell("MERGE_ENDED", {**data, "error": why})
+            return why
         if job["current-progress"] != moved:
             moved, since = job["current-progress"], time.monotonic()
             disks.tell("MERGING", data)
-        elif time.monotonic() - since > _STUCK_SECONDS:
+        elif time.monotonic() - since > patience:
+            why = f"it moved nothing for {format_duration(patience)}"
             await _cancel(disks, wanted)
-            raise DeadlineExceeded(f"disk {wanted.disk}: the merge moved nothing for {_STUCK_SECONDS:.0f} s")
+            disks.tell("MERGE_ENDED", {**data, "error": why})
+            return why
         # QEMU tells of a job's states, not of how far it has come.
         await asyncio.sleep(_POLL_SECONDS)
+    return ""
 
 
 async def _take_back(disks: Disks, wanted: Merge) -> None:
@@ -175,13 +189,19 @@ async def _take_back(disks: Disks, wanted: Merge) -> None:
 
 
 async def _cancel(disks: Disks, wanted: Merge) -> None:
+    """End the job, also one that somebody paused.
+
+    :raise DeadlineExceeded: it goes on.
+    """
     with suppress(QmpError):
         await disks.qmp().execute("job-cancel", {"id": _job_id(wanted)})
     until = time.monotonic() + _CANCEL_SECONDS
-    while (job := await _job(disks, wanted)) is not None and time.monotonic() < until:
+    while (job := await _job(disks, wanted)) is not None:
         if job["status"] == "concluded":
             await disks.qmp().execute("job-dismiss", {"id": _job_id(wanted)})
             return
+        if time.monotonic() > until:
+            raise DeadlineExceeded(f"disk {wanted.disk}: QEMU did not end the merge within {_CANCEL_SECONDS:.0f} s")
         # As in _wait, whose job this was: an event may have gone to a host agent before us.
         await asyncio.sleep(_POLL_SECONDS)
 

@@ -28,7 +28,20 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Measure(Record):
+class StoreSize(Record):
+    """What a VM's compressed store occupies."""
+
+    store_bytes: int
+    #: Of a store that is a file on a disk, how much the host's page cache holds; None: the store is in memory.
+    store_cached_bytes: int | None = None
+
+    @property
+    def store_memory_bytes(self) -> int:
+        """What of it is in the host's memory."""
+        return self.store_bytes if self.store_cached_bytes is None else self.store_cached_bytes
+
+
+class Measure(StoreSize):
     """A VM's memory and what it costs, all read within a few milliseconds."""
 
     uptime_s: float
@@ -40,24 +53,35 @@ class Measure(Record):
     #: Fault events answered with a fill, and pages those fills brought (fault-around included).
     refaults: int
     refault_pages: int
+    #: Of the refaults, those answered with zeros, from a layer, and from the compressed store.
+    zero_refaults: int = 0
+    layer_refaults: int = 0
+    preserved_refaults: int = 0
     #: Pages of those that were read from a layer.
     layer_pages_loaded: int = 0
-    #: Discarded pages that were turned from LAYER to ZERO because the guest had freed them.
+    #: Discarded pages that became ZERO, and so come from nowhere any more, because the guest had freed them.
     freed_pages: int = 0
+    #: Pages that epochs have discarded since the VM started.
+    discarded_pages: int = 0
+    #: Fault events at pages that had never been touched, or that QEMU itself had discarded; they are no refaults.
+    first_touches: int = 0
+    #: Processor time used.
+    qemu_cpu_s: float = 0.0
+    pager_cpu_s: float = 0.0
+    agent_cpu_s: float = 0.0
     #: QEMU's own memory, guest RAM excluded.
     qemu_rss_bytes: int
     #: What it shares with other pagers and their parent divided by how many share it.
     pager_pss_bytes: int
     #: The host agent's process, shared by all its VMs.
     agent_rss_bytes: int
-    store_bytes: int
     #: How much of the VM's layers the host's page cache holds; shared between VMs, droppable by the host.
     layer_cached_bytes: int
     #: MemFree as the guest reports it; -1 where the guest agent does not answer.
     guest_free_bytes: int
 
 
-class Sample(Record):
+class Sample(StoreSize):
     """One point of a VM's timeline; cheap enough for several a second."""
 
     #: Seconds since the VM started.
@@ -66,8 +90,11 @@ class Sample(Record):
     zero_pages: int
     layer_pages: int
     preserved_pages: int
-    store_bytes: int
     refault_pages: int
+    #: Faults answered with zeros, from a layer, and from the compressed store.
+    zero_refaults: int = 0
+    layer_refaults: int = 0
+    preserved_refaults: int = 0
     #: Pages by state in the guest's newest scan (names of ``PageState`` in lower case); empty before the first.
     states: dict[str, int] = {}
 
@@ -90,6 +117,8 @@ class EpochStats(Record):
     """What one epoch did, in pages. candidates = discarded + touched + unmatched + unconfirmed + unpreserved."""
 
     number: int
+    #: When it ended, in seconds since the VM started.
+    at_s: float = 0.0
     #: Candidates that were present once protected.
     candidates: int
     #: Pages whose proof held.
@@ -102,14 +131,15 @@ class EpochStats(Record):
     unconfirmed: int
     #: STABLE candidates that do not compress, or that the store had no room for.
     unpreserved: int
-    #: STABLE pages that were no candidates: until more is known of their region, and because they were used lately.
+    #: Pages that were no candidates: until more is known of their region or because enough were, and because they
+    #: were used lately.
     later: int
     resting: int
     discarded: int
     discarded_zero: int
     discarded_layer: int
     discarded_store: int
-    #: Discarded pages the guest has freed since: they come back as zeros, not from their layer.
+    #: Discarded pages the guest has freed since: they come back as zeros, not from layer or store.
     freed: int = 0
     #: Of all discarded, those that the guest said are of its swap cache.
     discarded_swap_cache: int = 0
@@ -122,6 +152,13 @@ class EpochStats(Record):
     note: str = ""
 
 
+class StallBucket(Record):
+    """Waits of at most ``upper_s`` seconds and of more than half of that."""
+
+    upper_s: float
+    count: int
+
+
 class StallStats(Record):
     """How long vCPUs (and QEMU's threads) waited for the pager, from a fault being readable to its wake-up."""
 
@@ -130,6 +167,8 @@ class StallStats(Record):
     median_s: float = 0.0
     p99_s: float = 0.0
     longest_s: float = 0.0
+    #: A histogram of factors of two, shortest waits first; empty buckets are left out.
+    buckets: list[StallBucket] = []
 
 
 class HeldPages(Record):
@@ -157,11 +196,43 @@ class FrozenDisk(Record):
     """What freezing a disk came to."""
 
     disk: str
-    layer: str
+    #: The file that was frozen; None: nothing was written to the disk since the last time, and nothing was done.
+    layer: str | None
     bytes: int
     #: Until the guest wrote to the new file, and then until pages were matched with the frozen one.
     seconds: float
     index_seconds: float
+
+
+class PolicyStatus(Record):
+    """What policy does with a VM, and why."""
+
+    mode: str
+    #: "idle" where it does nothing by itself.
+    phase: str = "idle"
+    reason: str = ""
+    #: Estimated; None: not known (yet).
+    working_set_bytes: int | None = None
+    #: Accesses to discarded pages a minute, over the last minute; and what they are held to in mode proactive.
+    refaults_per_minute: float | None = None
+    budget_per_minute: float | None = None
+    target_bytes: int | None = None
+
+
+class NetworkStatus(Record):
+    """How a VM is reached."""
+
+    #: ``none``, ``user`` or ``tap``.
+    type: str
+    mac: str = ""
+    #: The guest's; "": none, or one that it is told by DHCP.
+    address: str = ""
+    #: [ADDRESS:]PORT of the host, and of the guest; of a user network.
+    forward: list[str] = []
+    #: In the host's own namespace: the tap device, or the host's end of the link into the VM's namespace.
+    device: str = ""
+    bridge: str = ""
+    namespace: str = ""
 
 
 class VmStatus(Record):
@@ -181,10 +252,15 @@ class VmStatus(Record):
     guest_kernel: str = ""
     memory_bytes: int
     measure: Measure | None = None
+    #: Pages by state in the guest's newest scan, as in a :class:`Sample`.
+    states: dict[str, int] = {}
     epochs: list[EpochStats] = []
     stalls: StallStats = StallStats()
     held: list[HeldPages] = []
     disks: list[DiskStatus] = []
+    policy: PolicyStatus | None = None
+    #: None: an earlier version of hvaqemu started it.
+    network: NetworkStatus | None = None
 
 
 class ReclaimResult(Record):

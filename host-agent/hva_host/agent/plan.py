@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
 
 from hva_host.agent.chain import Chain, first_file
@@ -11,15 +13,19 @@ from hva_host.agent.layer_watch import holds_still, refuse_writers
 from hva_host.agent.records import KeptDisk
 from hva_host.memory.index import StaleIndexError, build_index, fingerprint_file
 from hva_host.memory.layers import open_layer
+from hva_host.memory.store_file import make_store_file
 from hva_images import GuestImage, ensure_image, list_images
 from hvaqemu.config import VmConfig
-from hvaqemu.errors import ConfigError, HostError
+from hvaqemu.errors import ConfigError, HostError, RefusedError
 from hvaqemu.paths import cache_dir
-from hvaqemu.qemu.command import ROOT_NODE, SWAP_NODE, LaunchFiles
+from hvaqemu.qemu.command import ROOT_NODE, SWAP_NODE, LaunchFiles, RawDisk
 from hvaqemu.qemu.disk import check_extra_disks, create_empty, create_overlay
 from hvaqemu.qemu.launch import CONSOLE_LOG
+from hvaqemu.units import format_size
 
 Progress = Callable[[str], None]
+
+_TELL_SECONDS = 2.0
 
 
 def image_of(config: VmConfig, progress: Progress) -> GuestImage:
@@ -92,13 +98,36 @@ def launch_files(config: VmConfig, image: GuestImage, *, runtime: Path, chains: 
     )
 
 
-async def ensure_index(image: Path, progress: Progress) -> Path:
-    """The layer index of an image, built if there is none yet.
+def store_file(config: VmConfig) -> FileIO | None:
+    """The file for the compressed store, whose last descriptor is to be QEMU's; None where it is in memory.
 
-    :raise RefusedError: somebody has the image open for writing.
-    :raise HostError: the image can not be read, or there is no room.
+    :raise HostError: it can not be where the config says.
     """
-    return await asyncio.to_thread(_ensure_index, image, progress)
+    if config.store.folder is None:
+        return None
+    try:
+        return FileIO(make_store_file(config.store.folder, config.store_limit), "r+")
+    except HostError as error:
+        raise HostError(f"VM {config.name}: {error.message}", error.hint) from error
+
+
+async def layers_of(image: GuestImage, disks: Sequence[RawDisk], progress: Progress) -> tuple[tuple[Path, Path], ...]:
+    """What pages of a VM may depend on from its start: the file of its image and those of its extra disks that do not
+    change, each with its index, which is built if there is none yet.
+
+    :raise RefusedError: somebody has one open for writing.
+    :raise HostError: one can not be read, or there is no room.
+    """
+    layers = [(image.root, await asyncio.to_thread(_ensure_index, image.root, progress))]
+    for disk in disks:
+        if disk.layer:
+            try:
+                index = await asyncio.to_thread(_ensure_index, disk.path, progress)
+            except RefusedError as error:
+                raise RefusedError(error.message, "end that first, or set layer: false in extra_disks") from error
+            # The very file may be there already, by this or by another name.
+            layers += [] if index in {known for _, known in layers} else [(disk.path, index)]
+    return tuple(layers)
 
 
 def _ensure_index(image: Path, progress: Progress) -> Path:
@@ -114,5 +143,18 @@ def _ensure_index(image: Path, progress: Progress) -> Path:
         open_layer(image, path).close()
     except StaleIndexError:
         progress(f"indexing {image.name}")
-        build_index(image, path)
+        build_index(image, path, _told(image, progress))
     return path
+
+
+def _told(image: Path, progress: Progress) -> Callable[[int, int], None]:
+    """Tells now and then how far an index has come."""
+    told = time.monotonic()
+
+    def tell(done: int, size: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _TELL_SECONDS:
+            told = time.monotonic()
+            progress(f"indexing {image.name}: {format_size(done)} of {format_size(size)}")
+
+    return tell

@@ -15,9 +15,10 @@ from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.members import in_turn
 from hva_host.agent.model import EpochStats, ReclaimResult
 from hva_host.agent.pager_process import PagerHandle, call
+from hva_host.agent.steps import Step
 from hva_host.pager.coldness import WATCHED_SECONDS
 from hvaqemu.errors import DeadlineExceeded, PeerLost, RefusedError
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 
 _EPOCHS_KEPT = 32
 _EPOCHS_MAX = 32
@@ -38,9 +39,11 @@ class Reclaimer:
     :param check: raises before an epoch that would not be safe.
     :param on_epoch: told of every epoch that ended.
     :param store: bytes the compressed store may occupy.
+    :param uptime: seconds since the VM started.
     :param drain: what epochs are bracketed with where a disk does direct I/O.
     :ivar exclusive: held during an epoch, and by whatever must not overlap one.
     :ivar epochs: what the last ones did, oldest first.
+    :ivar ended_at: when the last one ended, on the monotonic clock in seconds.
     """
 
     def __init__(
@@ -53,10 +56,13 @@ class Reclaimer:
         on_epoch: Callable[[EpochStats], None],
         store: int = 0,
         drain: Drain | None = None,
+        uptime: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._drain = drain
+        self._uptime = uptime
         self.exclusive = asyncio.Lock()
         self.epochs: deque[EpochStats] = deque(maxlen=_EPOCHS_KEPT)
+        self.ended_at = 0.0
         self._driver = EpochDriver(pages, protection, store)
         self._guest = guest
         self._pager = pager
@@ -69,6 +75,11 @@ class Reclaimer:
     def report(self) -> ScanReport | None:
         """The guest's newest report."""
         return self._driver.report
+
+    @property
+    def reported_at(self) -> float:
+        """When it came, on the monotonic clock in seconds."""
+        return self._driver.reported_at
 
     def on_pager_event(self, name: str, data: dict[str, Any]) -> None:
         """To be called with every event of the VM's pager."""
@@ -99,6 +110,21 @@ class Reclaimer:
                 # A sample of what is left has gone; who uses it must have the time to want it back.
                 await asyncio.sleep(WATCHED_SECONDS)
         return await self._result(done, before, began)
+
+    async def step(self, states: Sequence[ReclaimState], step: Step | None) -> EpochStats:
+        """One epoch.
+
+        :param step: keeps it small; None: all that is found goes at once.
+        :raise RefusedError: something runs or is attached that makes discarding unsafe.
+        :raise HvaError: a peer went or was silent.
+        """
+        return await self._epoch(states, sift=False, step=step)
+
+    async def scan(self) -> None:
+        """Have the guest report, if it can be asked. Nothing is discarded."""
+        async with self.exclusive:
+            if (guest := self._guest()) is not None:
+                await self._driver.scan(guest)
 
     def start(self, states: Sequence[ReclaimState], every: float) -> None:
         """Run an epoch every ``every`` seconds beside whatever else goes on, until :meth:`stop`.
@@ -134,12 +160,14 @@ class Reclaimer:
                 # Seen, so that asyncio does not complain that nobody asked.
                 task.exception()
 
-    async def _epoch(self, states: Sequence[ReclaimState], *, sift: bool) -> EpochStats:
+    async def _epoch(self, states: Sequence[ReclaimState], *, sift: bool, step: Step | None = None) -> EpochStats:
         async with self.exclusive:
             await self._check()
             link = self._pager().link
-            stats = await self._driver.run(self._guest(), link, states, sift=sift, drain=self._drain)
+            stats = await self._driver.run(self._guest(), link, states, sift=sift, drain=self._drain, step=step)
+        stats = stats.model_copy(update={"at_s": self._uptime()})
         self.epochs.append(stats)
+        self.ended_at = time.monotonic()
         self._on_epoch(stats)
         return stats
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hva_host.agent.chain import Chain, Merge
 from hva_host.agent.layer_watch import LayerContent
+from hva_host.agent.model import NetworkStatus
 from hvaqemu.config import VmConfig
 from hvaqemu.errors import ConfigError, HostError
 from hvaqemu.paths import private_folder, state_dir
@@ -45,8 +46,11 @@ class VmRecord(BaseModel):
     merging: Merge | None = None
     #: Merged files that pages may still depend on.
     retired: tuple[Path, ...] = ()
+    network: NetworkStatus | None = None
     #: The guest was stopped for a hold, by us: whoever ends the hold lets it go on.
     paused_for_hold: bool = False
+    #: That policy has the balloon keep from the guest; given back when the host has it again.
+    ballooned_bytes: int = 0
     pager_restarts: int = 0
     pager_pause_s: float = 0.0
 

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from hva_host.agent.control import CONTROL_SOCKET, ControlServer
 from hva_host.agent.control_commands import CommandTable
 from hva_host.agent.event_log import EventLog
 from hva_host.agent.fleet import Fleet
-from hvaqemu.errors import HostError, RefusedError
+from hva_host.agent.fleet_file import FleetFile
+from hva_host.agent.journal import Journal
+from hva_host.agent.metrics_server import MetricsServer
+from hvaqemu.errors import HostError, HvaError, RefusedError
+from hvaqemu.fleet_config import MetricsConfig
 
 log = logging.getLogger(__name__)
 
@@ -58,19 +63,30 @@ class RuntimeLock:
         os.close(self._descriptor)
 
 
-async def serve(runtime: Path, ready: Callable[[Path], None], log_file: Path | None = None) -> None:
+async def serve(
+    runtime: Path,
+    ready: Callable[[Path], None],
+    log_file: Path | None = None,
+    *,
+    fleet_file: Path | None = None,
+    forget_fleet_file: bool = False,
+    metrics: MetricsConfig | None = None,
+) -> None:
     """Be the host agent of ``runtime`` until SIGTERM, SIGINT or ``quit``; the VMs go on.
 
     :param ready: called with the control socket's path once it serves.
     :param log_file: where our standard error goes, if that is a file of ours to keep bounded.
+    :param fleet_file: the fleet; None: that of the host agent before us, unless it is to be forgotten. SIGHUP has it
+        read again.
+    :param metrics: where to serve metrics; None: where the fleet file says, if it does.
     :raise AlreadyServed: another process is.
-    :raise HostError: a file or the socket can not be made.
+    :raise HostError: a file or a socket can not be made.
     """
     lock = RuntimeLock(runtime)
     # At once, too: an earlier host agent may have left it long.
     bounding = asyncio.create_task(keep_bounded(log_file), name="agent log") if log_file is not None else None
     try:
-        await _serve(runtime, ready)
+        await _serve(runtime, ready, fleet_file, forget_fleet_file, metrics)
     finally:
         if bounding is not None:
             bounding.cancel()
@@ -78,7 +94,13 @@ async def serve(runtime: Path, ready: Callable[[Path], None], log_file: Path | N
         lock.release()
 
 
-async def _serve(runtime: Path, ready: Callable[[Path], None]) -> None:
+async def _serve(
+    runtime: Path,
+    ready: Callable[[Path], None],
+    fleet_file: Path | None,
+    forget: bool,
+    metrics: MetricsConfig | None,
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,21 +112,52 @@ async def _serve(runtime: Path, ready: Callable[[Path], None]) -> None:
     except OSError as error:
         raise HostError(f"{path}: {error.strerror}", "remove what is in the socket's place") from error
     server = ControlServer(path)
-    events = EventLog()
+    events, journal = EventLog(), Journal()
 
     def on_event(event: str, data: dict[str, Any]) -> None:
-        events.write(event, data, time.monotonic())
+        now = time.monotonic()
+        events.write(event, data, now)
+        journal.write(event, data, now)
         server.emit(event, data)
 
     fleet = Fleet(runtime, on_event=on_event)
+    measured = MetricsServer(fleet)
+    file = FleetFile(runtime, fleet, on_event)
+    if fleet_file is not None:
+        file.read(fleet_file)
+    elif forget:
+        file.forget()
+    else:
+        file.recall()
+
+    def reload() -> None:
+        file.reload()
+        if metrics is None:
+            measured.move(file.config.metrics)
+
+    def hang_up() -> None:
+        # Told of by the file itself.
+        with suppress(HvaError):
+            reload()
+
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     # Clients may connect from now on; they are greeted once the VMs are adopted.
     server.listen()
+    journal.start()
     try:
+        if metrics is not None:
+            await measured.start(metrics)
+        else:
+            measured.move(file.config.metrics)
         await fleet.start()
-        await server.start(CommandTable(fleet, server.emit, stop.set))
+        await server.start(CommandTable(fleet, server.emit, stop.set, reload))
+        file.apply()
         ready(path)
         await stop.wait()
         log.info("ending; the VMs go on")
     finally:
+        await file.close()
         await server.close()
+        await measured.close()
         await fleet.close()
+        await journal.close()

@@ -12,15 +12,17 @@ from hvaqemu.pages import Run
 
 #: What a page costs, in the time the guest takes to scan one twice: comparing a member takes about three times as long.
 _MEMBER = 3
-#: Of the time pages may stay protected, what a slice is meant to take: a guest may be four times as slow next time.
-_AIM = 0.25
+#: Of the time pages may stay protected, what a slice is meant to take: a guest that begins to work is three times as
+#: slow, and that is to be less than half of it.
+_AIM = 0.15
 #: Cost of the first slice (512 MiB full of members), and of the smallest and largest: a scan takes some milliseconds
 #: however short it is, and a slice's members are sent to the pager in one message.
 _FIRST = 1 << 19
 _LEAST = 1 << 14
 _MOST = 1 << 23
-#: How much one slice's time changes the size of the next.
-_SHRINK, _GROW = 0.25, 2.0
+#: How much one slice's time changes the size of the next. Slowly up, because the next part of RAM may hold more that
+#: takes long: where free pages end and page cache begins, for one.
+_SHRINK, _GROW = 0.25, 1.25
 
 
 class Slices:

@@ -1,7 +1,7 @@
-"""One running VM: its QEMU, pager and guest agent, and what can be asked of it.
+"""One running VM: its QEMU, pager and guest agent, and what goes on beside requests (:mod:`hva_host.agent.vm_asked`).
 
-A VM is made by :mod:`hva_host.agent.lifecycle` and owned by the fleet. What goes on beside requests: a new pager is
-started whenever the present one dies, QMP is connected again, and :attr:`Vm.failure` says when the VM can not go on.
+A VM is made by :mod:`hva_host.agent.lifecycle` and owned by the fleet. A new pager is started whenever the present one
+dies, QMP is connected again, and :attr:`Vm.failure` says when the VM can not go on.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hva_host.agent import accounts, hazards, measures
+from hva_host.agent import accounts, hazards, vm_network
 from hva_host.agent.bounded_logs import keep_bounded
 from hva_host.agent.chain_keeper import ChainKeeper
 from hva_host.agent.chores import Chores
@@ -23,48 +22,35 @@ from hva_host.agent.freezer import Disks, connected
 from hva_host.agent.guest_link import GuestLink
 from hva_host.agent.guest_session import LinkState
 from hva_host.agent.hazard_watch import HazardWatch
+from hva_host.agent.history import History
 from hva_host.agent.hold import Hold
 from hva_host.agent.holding import Holding
 from hva_host.agent.layer_book import LayerBook
 from hva_host.agent.layer_watch import LayerWatch
-from hva_host.agent.model import (
-    EpochStats,
-    ExecResult,
-    FrozenDisk,
-    Measure,
-    ReclaimResult,
-    Sample,
-    StallStats,
-    VmState,
-    VmStatus,
-)
+from hva_host.agent.model import EpochStats, VmState
 from hva_host.agent.monitor import Monitor
 from hva_host.agent.pager_keeper import keep_pager
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.pager_process import PAGER_LOG, PagerHandle, call
 from hva_host.agent.qmp_keeper import keep_qmp
+from hva_host.agent.ram_frames import RamMapper, seconds_between
 from hva_host.agent.reclaim import Reclaimer
 from hva_host.agent.records import VmFolder, VmRecord
 from hva_host.agent.refusals import Refusals, Source
-from hvaqemu.config import VmConfig
+from hva_host.agent.vm_asked import AskedVm
 from hvaqemu.errors import HvaError, RefusedError
 from hvaqemu.pages import PAGE_SHIFT
-from hvaqemu.qemu import logs
 from hvaqemu.qemu.command import direct_nodes
-from hvaqemu.qemu.events import QmpEvent, Resume, Stop
+from hvaqemu.qemu.events import BalloonChange, QmpEvent, Resume, Stop
 from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG, QEMU_LOG
 from hvaqemu.qemu.process import QemuProcess, StopTimeouts
 from hvaqemu.qemu.qmp import QmpLink
-from hvaqemu.scenario_config import ReclaimState
 
-#: Commands of an operator's that pause the guest or let it go on.
-_PAUSING = ("stop", "cont")
-_RESTORE_SECONDS_PER_GIB = 60.0
 #: A guest that is held can not shut down, and a main loop that waits for a page can not quit.
 _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
 
 
-class Vm:
+class Vm(AskedVm):
     """One VM under this host agent."""
 
     def __init__(
@@ -82,7 +68,6 @@ class Vm:
         self.qmp = qmp
         self._listener = listener
         pages = record.config.memory >> PAGE_SHIFT
-        #: Why nothing is discarded; whoever finds a reason puts it in here.
         self.refusals = Refusals(self._on_refusals)
         self.guest = GuestLink(folder.path / AGENT_SOCKET, pages=pages, on_change=self._on_guest)
         self.pager = PagerHandle(folder.path, pagers, self._on_pager_event)
@@ -96,7 +81,10 @@ class Vm:
             self._on_epoch,
             record.config.store_limit,
             (lambda: self._hold.drain(self.qmp)) if direct else None,
+            self._uptime,
         )
+        self._mapper = RamMapper(pages, process.pid)
+        self.history = History(self.sample, self.ram_frame, seconds_between(pages))
         self._list = DiscardedList(pages, self._who_answers, lambda: self.pager)
         self._hazards = HazardWatch(self.refusals, qmp, process, direct)
         self._monitor = Monitor(
@@ -118,31 +106,7 @@ class Vm:
         self.layers = LayerWatch([(image, content) for (image, _), content in contents], self._on_layers)
         book = LayerBook(self, self.layers, lambda: self.pager, self._tell)
         chains = Disks(self, book, lambda: connected(self.qmp), self.reclaimer.exclusive, self._tell, self._available)
-        #: Freezes and merges.
         self.disks = ChainKeeper(self.name, chains, record.config.freeze, lambda: self._hold.refuse(self.name))
-
-    @property
-    def name(self) -> str:
-        return self.record.config.name
-
-    @property
-    def config(self) -> VmConfig:
-        return self.record.config
-
-    @property
-    def console_log(self) -> Path:
-        """What the guest printed on its console; the guest's text, never to be printed raw."""
-        return self.folder.path / CONSOLE_LOG
-
-    @property
-    def state(self) -> VmState:
-        """QEMU's state as far as it tells, or HELD, which no QEMU knows of."""
-        return self._condition.state
-
-    @property
-    def failure(self) -> asyncio.Future[str]:
-        """Done once the VM can not go on; says why. Whoever waits for the VM races this."""
-        return self._condition.failure
 
     # Life cycle
 
@@ -157,16 +121,20 @@ class Vm:
         self._watches.begin("list of discarded pages", self._list.run())
         self._watches.begin("logs", keep_bounded(*self._logs()))
         self._watches.begin("disks", self.disks.run())
+        self._watches.begin("history", self.history.run())
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Follow QEMU's own account of the guest."""
         if self._hold.draining and isinstance(event, Stop | Resume):
             return
         self._hazards.on_qmp_event(event)
+        if isinstance(event, BalloonChange):
+            self.balloon_bytes = event.actual
         self._condition.on_qmp_event(event)
 
     def running(self) -> None:
-        """The guest runs now."""
+        """The guest runs now, with all of its memory."""
+        self.balloon_bytes = self.config.memory
         self._condition.running()
 
     async def stop(self, timeouts: StopTimeouts) -> str:
@@ -192,167 +160,6 @@ class Vm:
         """Wait until QEMU has ended; how it did."""
         return str(await asyncio.shield(self.process.exited))
 
-    # What can be asked
-
-    async def measure(self) -> Measure:
-        """All figures of the VM's memory.
-
-        :raise PeerLost: the pager does not answer and the VM is gone.
-        """
-        pager = await self._pager_status()
-        # A guest that stands still would only be waited for.
-        free = -1 if self._hold.active else await measures.guest_free(self.guest)
-        images = [image for image, _ in self.record.layers]
-        return await measures.measure(pager, self.process, self.pager.pid, images, free)
-
-    async def sample(self) -> Sample:
-        """One point of the timeline.
-
-        :raise PeerLost: as :meth:`measure`.
-        """
-        return measures.sample(await self._pager_status(), self.process, self.reclaimer.report)
-
-    async def status(self) -> VmStatus:
-        """Everything ``status`` shows. Never raises for a peer that is silent or gone: it shows that."""
-        pager: dict[str, Any] = {}
-        measure = None
-        with contextlib.suppress(HvaError):
-            pager = await self.holding.ask()
-            measure = await self.measure()
-        hello = self.guest.hello
-        refused = self.refusals.text
-        if not refused and hello is not None and hello.checks_free_pages:
-            refused = "unused: the guest checks the content of its free pages (page_poison)"
-        return VmStatus(
-            name=self.name,
-            state=self.state,
-            reason=self._condition.reason,
-            reclaim_refused=refused,
-            pid=self.process.pid,
-            pager_pid=self.pager.pid,
-            pager_restarts=self.record.pager_restarts,
-            pager_pause_s=self.record.pager_pause_s,
-            guest_connected=self.guest.connected,
-            guest_kernel=logs.printable(hello.kernel) if hello else "",
-            memory_bytes=self.config.memory,
-            measure=measure,
-            epochs=list(self.reclaimer.epochs),
-            stalls=StallStats(**pager.get("stalls", {})),
-            held=list(self._hold.pages),
-            disks=self.disks.status(),
-        )
-
-    async def reclaim(
-        self,
-        states: Sequence[ReclaimState],
-        *,
-        epochs: int | None = None,
-        on_epoch: Callable[[EpochStats], None] | None = None,
-    ) -> ReclaimResult:
-        """Run epochs until one gains less than 1 %, or exactly ``epochs`` of them.
-
-        :raise RefusedError: something runs or is attached that makes discarding unsafe.
-        :raise HvaError: a peer went or was silent.
-        """
-        self._condition.refuse_when_gone()
-        self._hold.refuse(self.name)
-        return await self.reclaimer.reclaim(states, epochs, on_epoch)
-
-    def start_reclaiming(self, states: Sequence[ReclaimState], every: float) -> None:
-        """Run an epoch every ``every`` seconds beside whatever else goes on, until :meth:`stop_reclaiming`.
-
-        :raise RefusedError: that is going on already.
-        """
-        self.reclaimer.start(states, every)
-
-    async def stop_reclaiming(self) -> ReclaimResult:
-        """End what :meth:`start_reclaiming` began, after the epoch under way; what it did.
-
-        :raise HvaError: what ended it before.
-        """
-        return await self.reclaimer.stop()
-
-    async def freeze(self, disk: str | None) -> list[FrozenDisk]:
-        """Make a layer of what the guest wrote to a disk, or to all of them.
-
-        :raise HvaError: as :meth:`ChainKeeper.freeze`.
-        """
-        self._condition.refuse_when_gone()
-        return await self.disks.freeze(disk)
-
-    async def merge(self, disk: str | None) -> list[str]:
-        """Merge the frozen files of a disk, or of each; files that went.
-
-        :raise HvaError: as :meth:`ChainKeeper.merge`.
-        """
-        self._condition.refuse_when_gone()
-        return await self.disks.merge(disk)
-
-    async def restore(self) -> int:
-        """Make every discarded page resident; how many were.
-
-        :raise RefusedError: the host has no room for them, or pages are held.
-        :raise HvaError: a peer went or was silent.
-        """
-        self._condition.refuse_when_gone()
-        self._hold.refuse(self.name)
-        async with self.reclaimer.exclusive:
-            wanted, available = await self._room_needed()
-            if available < wanted:
-                raise RefusedError(
-                    f"VM {self.name}: {wanted >> 20} MiB to restore and {available >> 20} MiB available on the host"
-                )
-            seconds = 30 + _RESTORE_SECONDS_PER_GIB * (wanted / (1 << 30))
-            answer = await self.pager.link.call("restore", timeout=seconds)
-        if answer["left"]:
-            raise RefusedError(f"VM {self.name}: {answer['left']} pages can not be restored: {answer['why']}")
-        return int(answer["pages"])
-
-    async def resume(self) -> int:
-        """Try held pages again; how many are still held.
-
-        :raise HvaError: the pager went or was silent, or the guest could not be told to go on.
-        """
-        return await self.holding.resume()
-
-    async def execute(
-        self, argv: Sequence[str], *, timeout: float, stdin: bytes = b"", limit: int = 1 << 20
-    ) -> ExecResult:
-        """Run a command in the guest.
-
-        :param timeout: seconds; then the command is killed.
-        :param limit: bytes of output kept.
-        :raise RefusedError: the VM's config does not allow it.
-        :raise HvaError: the guest agent went, was silent, or could not start it.
-        """
-        if not self.config.allow_exec:
-            raise RefusedError(f"VM {self.name}: commands in the guest are off", "set allow_exec: true in its file")
-        self._condition.refuse_when_still()
-        return await self.guest.execute(argv, timeout, stdin, limit)
-
-    async def balloon(self, size: int, timeout: float) -> int:
-        """Have the guest live with ``size`` bytes; bytes it has then.
-
-        :raise HvaError: it did not get there in time, or QEMU refused.
-        """
-        self._condition.refuse_when_still()
-        return await self.qmp.balloon(size, timeout)
-
-    async def monitor(self, command: str, arguments: Mapping[str, object], timeout: float) -> object:
-        """What QEMU returns to a QMP command of the operator's.
-
-        :raise RefusedError: it would make discarding unsafe, or the VM is held.
-        :raise HvaError: QEMU refused, went, or did not answer within ``timeout`` seconds.
-        """
-        self._condition.refuse_when_gone()
-        if not command.startswith("query-"):
-            self._hold.refuse(self.name)
-        try:
-            async with self._hold.by_operator(self.qmp) if command in _PAUSING else contextlib.nullcontext():
-                return await self._monitor.execute(command, arguments, timeout)
-        except RefusedError as error:
-            raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error
-
     # Inside
 
     def _who_answers(self) -> GuestLink | None:
@@ -369,15 +176,6 @@ class Vm:
             await self._hazards.check()
         except RefusedError as error:
             raise RefusedError(f"VM {self.name}: {error.message}", error.hint) from error
-
-    async def _room_needed(self) -> tuple[int, int]:
-        """Bytes that are discarded, and bytes the host can still give to QEMU."""
-        status = await self._pager_status()
-        discarded = (status["zero_pages"] + status["layer_pages"] + status["preserved_pages"]) << PAGE_SHIFT
-        return discarded, accounts.available_to(self.process.pid)
-
-    async def _pager_status(self) -> dict[str, Any]:
-        return await call(self.pager, "status")
 
     async def _let_go(self) -> None:
         await self._watches.cancel()
@@ -418,15 +216,6 @@ class Vm:
         with contextlib.suppress(HvaError):
             self.folder.store(self.record)
 
-    def store(self, **changes: Any) -> None:
-        """Replace parts of the record, for what must not go on unrecorded.
-
-        :raise HostError: no room; nothing has changed.
-        """
-        record = self.record.model_copy(update=changes)
-        self.folder.store(record, keep=self.folder.keeps)
-        self.record = record
-
     def _tell(self, event: str, data: dict[str, Any]) -> None:
         self._listener(event, {"name": self.name, **data})
 
@@ -438,6 +227,7 @@ class Vm:
 
     def _on_epoch(self, stats: EpochStats) -> None:
         self._list.epoch_ended()
+        self.history.epoch_ended()
         self._listener("EPOCH", {"name": self.name, "stats": stats.model_dump()})
 
     def _on_guest(self, state: LinkState) -> None:
@@ -448,6 +238,9 @@ class Vm:
 
     async def _watch_qemu(self) -> None:
         self._condition.gone(await self.wait_gone())
+        # Its tap device has gone with it; what else was made for it need not wait for `down`.
+        with contextlib.suppress(HvaError):
+            await vm_network.remove(self.folder)
 
     # What becomes of the pager (:class:`PagerWatcher`)
 
@@ -470,3 +263,6 @@ class Vm:
         self._condition.catch_up(await self.qmp.status())
         await self._hold.connected(self.qmp)
         await hazards.listen(self.qmp)
+        with contextlib.suppress(HvaError):
+            # A guest whose kernel has not come to its balloon yet has all of its memory.
+            self.balloon_bytes = await self.qmp.balloon_actual()

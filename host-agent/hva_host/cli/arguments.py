@@ -33,9 +33,9 @@ def add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the VM's name, as `hvaqemu ls` shows it")
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: argparse.ArgumentParser, what: str = "print JSON instead of text") -> None:
     """The option --json."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--json", action="store_true", help=what)
 
 
 def duration(text: str) -> float:

@@ -10,8 +10,8 @@ from hva_host.cli.arguments import Subparsers, add_command, add_json, add_name
 _DESCRIPTION = """\
 Make a layer of what a guest has written to its disk so far, so that the clean copies of it in the
 guest's memory can be discarded too. The guest writes on to a fresh file and notices nothing. All
-disks of a VM are frozen at one moment, or only DISK. Returns once the layer is indexed and in use;
-interrupted, it goes on by itself.
+disks of a VM are frozen at one moment, or only DISK; one that nothing was written to since the last
+time is passed over. Returns once the layer is indexed and in use; interrupted, it goes on by itself.
 """
 _EXAMPLES = """
 hvaqemu freeze example
@@ -36,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
         print_json([disk.model_dump(mode="json") for disk in done])
     else:
         for disk in done:
+            if disk.layer is None:
+                print(f"{options.name}: disk {disk.disk} not frozen: nothing was written to it since the last time")
+                continue
             took = f"in {format_duration(disk.seconds)}, indexed in {format_duration(disk.index_seconds)}"
             print(f"{options.name}: disk {disk.disk} frozen: {format_size(disk.bytes)}, {took}")
     return 0

@@ -10,7 +10,7 @@ from hva_host.cli.arguments import Subparsers, add_command, add_json
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hva_host.agent.model import VmStatus
+    from hva_host.agent.model import NetworkStatus, VmStatus
 
 _DESCRIPTION = """\
 List the VMs that `hvaqemu up` started, with what each occupies on the host (backing) of the memory
@@ -48,7 +48,7 @@ def render(vms: list[VmStatus]) -> list[RenderableType]:
     from hvaqemu.units import format_duration, format_size
 
     figures = ("#PROCESS", "#MEMORY", "#BACKING", "#STORE", "#DISCARDED", "#REFAULTS", "#UP")
-    listed = table("NAME", "STATE", *figures, "GUEST AGENT")
+    listed = table("NAME", "STATE", *figures, "GUEST AGENT", "ADDRESS")
     for vm in vms:
         measure = vm.measure
         gone = (measure.zero_pages + measure.layer_pages + measure.preserved_pages) if measure else 0
@@ -63,9 +63,18 @@ def render(vms: list[VmStatus]) -> list[RenderableType]:
             f"{measure.refaults:,}" if measure else "?",
             format_duration(measure.uptime_s) if measure else "?",
             "connected" if vm.guest_connected else "not connected",
+            cell(_reached(vm.network)),
         )
     lines = [cell(f"{vm.name}: {advice(vm)}", LOUD) for vm in vms if is_loud(vm.state)]
     lines += [
         cell(f"{vm.name}: not reclaimed: {one_line(vm.reclaim_refused)}", WARN) for vm in vms if vm.reclaim_refused
     ]
     return [listed, *lines]
+
+
+def _reached(network: NetworkStatus | None) -> str:
+    """Where the host finds the guest; "-": nowhere, or not known."""
+    if network is None or network.type == "none":
+        return "-"
+    # Behind a user network the guest's own address means nothing to the host.
+    return " ".join(network.forward) or "-" if network.type == "user" else network.address or "-"

@@ -21,11 +21,14 @@ _COMMANDS = (
     "doctor",
     "image",
     "run",
+    "compare",
     "up",
     "down",
     "ls",
+    "top",
     "status",
     "reclaim",
+    "set",
     "freeze",
     "merge",
     "restore",
@@ -33,6 +36,8 @@ _COMMANDS = (
     "exec",
     "qmp",
     "console",
+    "events",
+    "report",
     "agent",
 )
 _DESCRIPTION = """\

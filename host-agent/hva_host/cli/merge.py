@@ -8,8 +8,9 @@ from hva_host.cli.arguments import Subparsers, add_command, add_json, add_name
 
 _DESCRIPTION = """\
 Merge the frozen files of a VM's disk, or of each disk, into the lowest of them. Pages that depend on
-that one become resident first. Merged files are deleted once no page depends on them. Interrupted, it
-is taken back, and the chain stays as it was. Done by itself when there are more than `freeze: {depth}`.
+that one become resident first. Merged files are deleted once no page depends on them. Interrupted, or
+if it moves nothing for a minute (`freeze: {patience}`), it is taken back, and the chain stays as it was.
+Done by itself when there are more than `freeze: {depth}`.
 """
 _EXAMPLES = """
 hvaqemu merge example

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -12,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hva_host.cli.text import one_line, plain
+from hvaqemu.errors import ConfigError
 
 LOUD = "bold white on red"
 WARN = "yellow"
@@ -20,6 +23,20 @@ WARN = "yellow"
 def print_json(value: Any) -> None:
     """A value as JSON: ASCII only, so that no text of a guest acts on a terminal."""
     print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
+
+
+def checked_json(path: Path | None) -> bool:
+    """Whether a command's ``--json`` is standard output; to be called before there is anything to lose.
+
+    :raise ConfigError: it is a file that could not be written.
+    """
+    if path is None or path == Path("-"):
+        return path is not None
+    if path.is_dir():
+        raise ConfigError(f"--json {path}: is a folder", "name a file in it, or - for standard output")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"--json {path}: its folder is not there or not writable", "choose another place")
+    return False
 
 
 def show(*parts: RenderableType) -> None:

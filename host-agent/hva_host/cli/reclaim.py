@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _states(text: str) -> list[str]:
     from hvaqemu.errors import ConfigError
-    from hvaqemu.scenario_config import ReclaimState
+    from hvaqemu.reclaim_config import ReclaimState
 
     states = [state.strip() for state in text.split(",")]
     known = [str(state) for state in ReclaimState]

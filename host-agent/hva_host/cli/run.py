@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 from pathlib import Path
 
@@ -26,14 +25,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("file", metavar="SCENARIO.yaml", type=Path, help="a VM and the steps to play on it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON; - is standard output")
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="write report.json, report.txt and timeline.png there"
+        "--report", metavar="DIR", type=Path, help="write report.html, report.json, report.txt and timeline.png there"
     )
     parser.add_argument("--keep", action="store_true", help="leave the VM running; `hvaqemu down` ends it")
     parser.add_argument("--dry-run", action="store_true", help="print QEMU's command line and start nothing")
 
 
 def run(options: argparse.Namespace) -> int:
-    from hvaqemu.errors import ConfigError
     from hvaqemu.scenario_config import load_scenario
 
     scenario = load_scenario(options.file)
@@ -45,16 +43,15 @@ def run(options: argparse.Namespace) -> int:
         print(shlex.join(prepare_command(scenario.vm)))
         return 0
 
-    to_stdout = options.json == Path("-")
-    if options.json is not None and not to_stdout and not os.access(options.json.absolute().parent, os.W_OK):
-        raise ConfigError(f"--json {options.json}: its folder is not there or not writable", "choose another place")
+    from hva_host.cli.output import checked_json, print_json
+
+    to_stdout = checked_json(options.json)
 
     import asyncio
     import json
 
     from rich.console import Console
 
-    from hva_host.cli.output import print_json
     from hva_host.report.files import report_json, write_json
     from hva_host.report.live import LiveProgress
     from hva_host.report.table import render

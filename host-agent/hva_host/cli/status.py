@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from hva_host.agent.model import DiskStatus, EpochStats, Measure, VmStatus
+    from hva_host.agent.model import DiskStatus, EpochStats, Measure, NetworkStatus, PolicyStatus, VmStatus
 
 _EPOCHS_SHOWN = 8
 _DESCRIPTION = """\
@@ -60,7 +60,10 @@ def render(vm: VmStatus) -> list[RenderableType]:
         ("memory", format_size(vm.memory_bytes)),
         *(_memory(vm.measure) if vm.measure else [("measure", "no answer from the pager")]),
     ]
+    if vm.policy is not None:
+        rows.append(("reclaim", _policy(vm.policy)))
     rows += [(f"disk {disk.disk}", _disk(disk)) for disk in vm.disks]
+    rows += [("network", _network(vm.network))] if vm.network is not None else []
     stalls = vm.stalls
     if stalls.count:
         waited = ", ".join(
@@ -81,6 +84,30 @@ def render(vm: VmStatus) -> list[RenderableType]:
     if vm.epochs:
         parts += ["", _epochs(vm.epochs)]
     return parts
+
+
+def _policy(policy: PolicyStatus) -> str:
+    from hvaqemu.units import format_size
+
+    parts = [policy.mode if policy.target_bytes is None else f"{policy.mode} {format_size(policy.target_bytes)}"]
+    if policy.phase != "idle":
+        parts.append(f"{policy.phase} ({policy.reason})" if policy.reason else policy.phase)
+    if policy.working_set_bytes is not None:
+        parts.append(f"working set {format_size(policy.working_set_bytes)}")
+    if policy.refaults_per_minute is not None:
+        budget = "" if policy.budget_per_minute is None else f", budget {policy.budget_per_minute:.0f}"
+        parts.append(f"{policy.refaults_per_minute:.0f} refaults a minute{budget}")
+    return "; ".join(parts)
+
+
+def _network(network: NetworkStatus) -> str:
+    if network.type == "none":
+        return "none"
+    parts = [network.type, network.address or "an address by DHCP", f"mac {network.mac}"]
+    parts += [f"forwarded {', '.join(network.forward)}"] if network.forward else []
+    places = ("bridge", "namespace", "device")
+    parts += [f"{place} {name}" for place in places if (name := getattr(network, place))]
+    return ", ".join(parts)
 
 
 def _disk(disk: DiskStatus) -> str:
@@ -112,11 +139,20 @@ def _memory(measure: Measure) -> list[tuple[str, object]]:
         (
             "own memory",
             f"QEMU {format_size(measure.qemu_rss_bytes)}, pager {format_size(measure.pager_pss_bytes)}, "
-            f"host agent {format_size(measure.agent_rss_bytes)}, store {format_size(measure.store_bytes)}",
+            f"host agent {format_size(measure.agent_rss_bytes)}, {_store(measure)}",
         ),
         ("layers cached", f"{format_size(measure.layer_cached_bytes)} in the host's page cache"),
         ("guest's free", free),
     ]
+
+
+def _store(measure: Measure) -> str:
+    from hvaqemu.units import format_size
+
+    size, cached = format_size(measure.store_bytes), measure.store_cached_bytes
+    if cached is None:
+        return f"store {size}"
+    return f"store {size} on disk, {format_size(cached)} of it in the page cache"
 
 
 def _epochs(epochs: list[EpochStats]) -> Table:

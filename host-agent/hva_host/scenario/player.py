@@ -7,15 +7,18 @@ saved or measured before (``same``, ``expect``) is collected, and the next step 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from hva_host.agent.model import EpochStats, Measure, ReclaimResult
+from hva_host.load.model import LoadResult
 from hva_host.report.model import Outcome, StepRecord
+from hva_host.scenario.loads import Loads, shown
 from hva_host.scenario.progress import Progress
 from hva_host.scenario.seam import PlayedVm
 from hva_host.scenario.titles import title_of
 from hvaqemu.errors import GuestError, HvaError
+from hvaqemu.load_config import LoadExpectStep, LoadStep, LoadStopStep
 from hvaqemu.qemu.logs import one_line, printable
 from hvaqemu.qemu.race import race
 from hvaqemu.scenario_config import (
@@ -29,6 +32,7 @@ from hvaqemu.scenario_config import (
     RestoreStep,
     SameStep,
     Scenario,
+    SetStep,
     SleepStep,
     Step,
     verb_of,
@@ -43,15 +47,28 @@ OUTPUT_LIMIT = 1 << 20
 MEASURE_SECONDS = 30.0
 RECLAIM_SECONDS = 600.0
 RESTORE_SECONDS = 600.0
+#: Beyond the time that the last requests may take.
+LOAD_SECONDS = 120.0
 #: Seconds the host agent has, beyond a step's own timeout, to say that the guest did not keep it.
 GRACE_SECONDS = 15.0
+
+
+async def nothing(_vm: PlayedVm) -> None:
+    """Nothing is to be done with the VM."""
 
 
 class Player:
     """One play of one scenario's steps; what came of it is in the attributes, whatever happens."""
 
-    def __init__(self, vm: PlayedVm, scenario: Scenario, progress: Progress, clock: Callable[[], float]) -> None:
-        """:param clock: seconds since the VM started."""
+    def __init__(
+        self,
+        vm: PlayedVm,
+        scenario: Scenario,
+        progress: Progress,
+        clock: Callable[[], float],
+        on_measure: Callable[[PlayedVm], Awaitable[None]] = nothing,
+    ) -> None:
+        """:param clock: seconds since the VM started; :param on_measure: awaited with the VM after each measure."""
         self.failures: list[str] = []
         self.measures: dict[str, Measure] = {}
         self.steps: list[StepRecord] = []
@@ -61,23 +78,34 @@ class Player:
         self._scenario = scenario
         self._progress = progress
         self._clock = clock
+        self._on_measure = on_measure
         self._reclaiming = False
+        self._loads = Loads(scenario.vm)
         self._verbs: dict[type[Step], Callable[[Any], Coroutine[Any, Any, str]]] = {
             GuestStep: self._guest,
             MeasureStep: self._measure,
             ReclaimStep: self._reclaim,
             ReclaimStopStep: self._reclaim_stop,
+            SetStep: self._set,
             RestoreStep: self._restore,
             BalloonStep: self._balloon,
             SleepStep: self._sleep,
             SameStep: self._same,
             ExpectStep: self._expect,
+            LoadStep: self._load,
+            LoadStopStep: self._load_stop,
+            LoadExpectStep: self._load_expect,
         }
 
     @property
     def saved(self) -> dict[str, str]:
         """Saved outputs as text; bytes that are no UTF-8 as escapes."""
         return {name: output.decode(errors="backslashreplace") for name, output in self._saved.items()}
+
+    @property
+    def loads(self) -> dict[str, LoadResult]:
+        """Loads that have ended."""
+        return self._loads.results
 
     async def play(self) -> None:
         """Play the steps until one fails. What is wrong is in ``failures``; nothing but cancellation is raised."""
@@ -90,6 +118,7 @@ class Player:
         except HvaError as error:
             self.failures.append(f"ending the reclaim: {_line(error)}")
         finally:
+            await self._loads.kill()
             self._mark_not_run()
 
     async def _step(self, number: int, step: Step) -> bool:
@@ -160,6 +189,7 @@ class Player:
     async def _measure(self, step: MeasureStep) -> str:
         measure = await self._race(self._vm.measure(), MEASURE_SECONDS, "measuring")
         self.measures[step.measure] = measure
+        await self._on_measure(self._vm)
         return f"backing {format_size(measure.backing_bytes)}"
 
     async def _reclaim(self, step: ReclaimStep) -> str:
@@ -192,6 +222,10 @@ class Player:
         self.epochs.extend(result.epochs)
         return reclaimed(result)
 
+    async def _set(self, step: SetStep) -> str:
+        self._vm.set_reclaim(step.set)
+        return ""
+
     async def _restore(self, _step: RestoreStep) -> str:
         pages = await self._race(self._vm.restore(), RESTORE_SECONDS, "restoring")
         return f"{pages:,} pages made resident"
@@ -222,8 +256,20 @@ class Player:
             broken += violations
             what = name.replace("_", " ")
             self.failures.extend(f"{what} of {step.expect.measure}: {violation}" for violation in violations)
-            found.append(f"{format_size(value)}" + (f", {value / other:.3f} of {bounds.of}" if other else ""))
+            found.append(bounds.found(value, other))
         return "; ".join(broken or found)
+
+    async def _load(self, step: LoadStep) -> str:
+        await self._race(self._loads.begin(step.load), step.load.ready + GRACE_SECONDS, "the service's first answer")
+        return "runs beside what follows"
+
+    async def _load_stop(self, _step: LoadStopStep) -> str:
+        return shown(await self._race(self._loads.end(), LOAD_SECONDS, "ending the load"))
+
+    async def _load_expect(self, step: LoadExpectStep) -> str:
+        broken = list(self._loads.violations(step.expect))
+        self.failures.extend(f"load {step.expect.load}: {violation}" for violation in broken)
+        return "; ".join(broken or self._loads.found(step.expect))
 
 
 def _expected(measure: Measure, name: str) -> int:

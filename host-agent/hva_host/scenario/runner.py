@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import hvaqemu
+from hva_host.agent import ram_frames
 from hva_host.agent.fleet import Fleet
+from hva_host.agent.journal import journaling
 from hva_host.agent.model import StallStats
+from hva_host.agent.versions import ours
 from hva_host.report.files import report_folder, write_report
 from hva_host.report.model import ScenarioReport
-from hva_host.scenario.player import MEASURE_SECONDS, Player
+from hva_host.scenario.player import MEASURE_SECONDS, Player, nothing
 from hva_host.scenario.progress import Progress
 from hva_host.scenario.seam import LaunchingFleet, PlayedVm
 from hva_host.scenario.signals import interruptible
 from hva_host.scenario.timeline import Timeline
 from hvaqemu.errors import HvaError
+from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.paths import runtime_dir
 from hvaqemu.qemu import logs
 from hvaqemu.qemu.race import race
@@ -40,6 +42,7 @@ async def run_scenario(
     keep: bool,
     progress: Progress,
     fleet: LaunchingFleet | None = None,
+    at_end: Callable[[PlayedVm], Awaitable[None]] = nothing,
 ) -> ScenarioReport:
     """Play a scenario on a VM of its own and say what came of it.
 
@@ -49,10 +52,27 @@ async def run_scenario(
     :param report_dir: where to write the report's files; made where it is missing. None: nowhere.
     :param keep: leave the VM running at the end.
     :param fleet: what launches the VM; None: a fleet of this process's own.
+    :param at_end: awaited with the VM after the last step that was played, while it runs; not after a signal.
     :raise HvaError: the VM could not be launched, or ``report_dir`` not be written; no VM is left behind.
     """
+    if fleet is None:
+        async with journaling() as tell:
+            own = Fleet(runtime_dir(), embedded=not keep, on_event=tell)
+            return await _run(scenario, source, report_dir, keep, progress, own, at_end)
+    return await _run(scenario, source, report_dir, keep, progress, fleet, at_end)
+
+
+async def _run(
+    scenario: Scenario,
+    source: Path,
+    report_dir: Path | None,
+    keep: bool,
+    progress: Progress,
+    fleet: LaunchingFleet,
+    at_end: Callable[[PlayedVm], Awaitable[None]],
+) -> ScenarioReport:
     folder = report_folder(report_dir) if report_dir is not None else None
-    run = _Run(scenario, keep, progress, fleet if fleet is not None else Fleet(runtime_dir(), embedded=not keep))
+    run = _Run(scenario, keep, progress, fleet, at_end)
     begin = time.monotonic()
     work = asyncio.create_task(run.play())
     with interruptible(work) as interruption:
@@ -67,7 +87,9 @@ async def run_scenario(
                 with suppress(asyncio.CancelledError, HvaError):
                     await work
             await _to_the_end(run.shut_down())
-    report = run.report(source, interruption.name, time.monotonic() - begin, await _versions(scenario))
+        # Inside: what was found is not lost to a signal that comes now.
+        versions = await _versions(scenario)
+    report = run.report(source, interruption.name, time.monotonic() - begin, versions)
     if folder is not None:
         written = write_report(report, folder)
         progress.say(f"wrote {', '.join(map(str, written))}")
@@ -77,14 +99,23 @@ async def run_scenario(
 class _Run:
     """What there is of a run so far; complete at any moment, because any moment may be its last."""
 
-    def __init__(self, scenario: Scenario, keep: bool, progress: Progress, fleet: LaunchingFleet) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        keep: bool,
+        progress: Progress,
+        fleet: LaunchingFleet,
+        at_end: Callable[[PlayedVm], Awaitable[None]],
+    ) -> None:
         self._scenario = scenario
         self._keep = keep
         self._progress = progress
         self._fleet = fleet
+        self._at_end = at_end
         self._vm: PlayedVm | None = None
         self._player: Player | None = None
-        self._timeline = Timeline()
+        pages = scenario.vm.memory >> PAGE_SHIFT
+        self._timeline = Timeline(frame_interval=ram_frames.seconds_between(pages))
         self._stalls = StallStats()
         self._guest_kernel = ""
         self._launch_s = 0.0
@@ -105,16 +136,21 @@ class _Run:
         with suppress(HvaError):
             first = await race(vm.sample(), MEASURE_SECONDS, "sampling", vm.failure)
             self._timeline.add(first)
+            await self._timeline.look(vm)
             started = time.monotonic() - first.at_s
-        self._player = Player(vm, self._scenario, self._progress, lambda: time.monotonic() - started)
+        self._player = Player(
+            vm, self._scenario, self._progress, lambda: time.monotonic() - started, self._timeline.look
+        )
         sampling = asyncio.create_task(self._timeline.follow(vm))
         try:
             await self._player.play()
             await self._last_look(vm)
+            await self._timeline.look(vm)
         finally:
             sampling.cancel()
             with suppress(asyncio.CancelledError):
                 await sampling
+        await self._at_end(vm)
 
     async def _last_look(self, vm: PlayedVm) -> None:
         with suppress(HvaError):
@@ -158,6 +194,7 @@ class _Run:
             saved=player.saved if player is not None else {},
             measures=player.measures if player is not None else {},
             steps=player.steps if player is not None else [],
+            loads=player.loads if player is not None else {},
             epochs=player.epochs if player is not None else [],
             stalls=self._stalls,
             launch_s=self._launch_s,
@@ -167,6 +204,7 @@ class _Run:
             versions=versions,
             console_tail=self._console,
             timeline=self._timeline.samples,
+            ram=self._timeline.frames,
         )
 
 
@@ -185,7 +223,7 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _versions(scenario: Scenario) -> dict[str, str]:
-    versions = {"hvaqemu": hvaqemu.__version__, "Python": platform.python_version(), "host kernel": platform.release()}
+    versions = ours()
     with suppress(OSError, HvaError):
         versions["QEMU"] = await race(_qemu_version(scenario.vm.profile.binary), 10.0, "QEMU's version")
     return versions

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from hva_host.agent.model import EpochStats, ExecResult, Measure, ReclaimResult, Sample, VmStatus
+from hva_host.agent.ram_frames import RamFrame
 from hvaqemu.config import VmConfig
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimConfig, ReclaimState
 
 
 class PlayedVm(Protocol):
@@ -28,6 +29,8 @@ class PlayedVm(Protocol):
 
     async def sample(self) -> Sample: ...
 
+    async def ram_frame(self) -> RamFrame: ...
+
     async def reclaim(
         self,
         states: Sequence[ReclaimState],
@@ -39,6 +42,8 @@ class PlayedVm(Protocol):
     def start_reclaiming(self, states: Sequence[ReclaimState], every: float) -> None: ...
 
     async def stop_reclaiming(self) -> ReclaimResult: ...
+
+    def set_reclaim(self, reclaim: ReclaimConfig) -> None: ...
 
     async def restore(self) -> int: ...
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from hvaqemu.load_config import LoadExpectStep, LoadStep, LoadStopStep
 from hvaqemu.qemu.logs import printable
 from hvaqemu.scenario_config import (
     BalloonStep,
-    Bounds,
     ExpectStep,
     GuestStep,
     MeasureStep,
@@ -13,10 +13,11 @@ from hvaqemu.scenario_config import (
     ReclaimStopStep,
     RestoreStep,
     SameStep,
+    SetStep,
     SleepStep,
     Step,
 )
-from hvaqemu.units import format_duration, format_size
+from hvaqemu.units import format_duration, format_frequency, format_size
 
 #: Letters; a line of progress stays within 100 with number, duration and short figures.
 LONGEST = 46
@@ -44,6 +45,8 @@ def _title(step: Step) -> str:
             return f"reclaim {states}" if every is None else f"reclaim {states} every {_short(format_duration(every))}"
         case ReclaimStopStep():
             return "reclaim stop"
+        case SetStep():
+            return f"set reclaim {step.set.mode}"
         case RestoreStep():
             return "restore"
         case BalloonStep():
@@ -53,21 +56,15 @@ def _title(step: Step) -> str:
         case SameStep():
             return f"same {', '.join(step.same)}"
         case ExpectStep():
-            bounds = [f"{_WITH_STORE[name]}{_bounds(bounds)}" for name, bounds in step.expect.bounds()]
+            bounds = [f"{_WITH_STORE[name]}{bounds.title}" for name, bounds in step.expect.bounds()]
             return f"expect {step.expect.measure} {' and '.join(bounds)}"
-
-
-def _bounds(bounds: Bounds) -> str:
-    parts = []
-    if bounds.min is not None:
-        parts.append(f">= {_short(format_size(bounds.min))}")
-    if bounds.max is not None:
-        parts.append(f"<= {_short(format_size(bounds.max))}")
-    if bounds.min_ratio is not None:
-        parts.append(f">= {bounds.min_ratio:g} of {bounds.of}")
-    if bounds.max_ratio is not None:
-        parts.append(f"<= {bounds.max_ratio:g} of {bounds.of}")
-    return " and ".join(parts)
+        case LoadStep():
+            return f"load {step.load.save}: {format_frequency(step.load.rate)} to {' '.join(step.load.url)}"
+        case LoadStopStep():
+            return "load stop"
+        case LoadExpectStep():
+            served = [f"{key} {bounds.title}" for key, bounds in step.expect.bounds()]
+            return f"expect {step.expect.load} {' and '.join(served) or 'without errors'}"
 
 
 def _short(figure: str) -> str:

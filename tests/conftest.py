@@ -1,4 +1,4 @@
-"""What all tests share: places of their own for running VMs, and proof that no process of theirs is left at the end.
+"""What all tests share: places of their own for running VMs, and proof that nothing of theirs is left at the end.
 
 The image cache is the user's: images are content-addressed, and building one takes a minute.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import networks
 from tests.privileged import HostSettings
 
 #: Seconds for what has been told to end.
@@ -30,9 +32,43 @@ hypothesis.settings.register_profile("busy", deadline=None, suppress_health_chec
 hypothesis.settings.load_profile("busy")
 
 
+#: Names the folder in which the processes that run tests note their places, each in a file named by its pid.
+_NOTED = "HVATEST_PLACES"
+
+
+def pytest_configure() -> None:
+    if _NOTED not in os.environ:
+        os.environ[_NOTED] = tempfile.mkdtemp(prefix="hvt-places-", dir="/tmp")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """What an interrupted run leaves: its processes are given little time to undo what they did."""
+    if hasattr(config, "workerinput"):
+        return
+    noted = list(Path(os.environ[_NOTED]).iterdir())
+    for file in noted:
+        _places.update(file.read_text().splitlines())
+    left = _end_survivors()
+    for file in noted:
+        left += networks.remove_all(networks.mark_of(int(file.name)))
+    shutil.rmtree(os.environ[_NOTED])
+    for what in left:
+        sys.stderr.write(f"still there, and ended: {what}\n")
+
+
 def pytest_sessionstart() -> None:
+    # A shell starts what runs in its background with SIGINT ignored, and all that tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Ctrl-C: fixtures are undone, and nothing that tests have started goes on without them.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        _note_places()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -41,7 +77,7 @@ def pytest_runtest_call() -> Iterator[None]:
     try:
         return (yield)
     finally:
-        _places.update(os.environ[name] for name in _VARIABLES if name in os.environ)
+        _note_places()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,7 +90,9 @@ def places() -> Iterator[Path]:
         yield base
         left = _end_survivors()
     shutil.rmtree(base, ignore_errors=True)
+    devices = networks.remove_all()
     assert not left, f"processes of the tests were still there, and were killed: {'; '.join(left)}"
+    assert not devices, f"networks of the tests were still there, and were removed: {', '.join(devices)}"
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +105,24 @@ def host_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostSett
 
 
 @pytest.fixture(scope="module")
+def networks_allowed() -> None:
+    """Skips where no networks can be made."""
+    if why := networks.why_no_networks():
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
 def settled(host_settings: HostSettings) -> Iterator[None]:
     """The host's settings stay as they are while a module runs, but for what it changes itself."""
     with host_settings.left_alone():
         yield
+
+
+def _note_places() -> None:
+    if new := {os.environ[name] for name in _VARIABLES if name in os.environ} - _places:
+        _places.update(new)
+        with Path(os.environ[_NOTED], str(os.getpid())).open("a") as noted:
+            noted.writelines(f"{place}\n" for place in new)
 
 
 def _end_survivors() -> list[str]:

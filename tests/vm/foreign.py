@@ -21,7 +21,8 @@ from tests.vm.harness import BOTH, STEP_SECONDS, Guest, running_guest, until
 from tests.vm.programs import PYTHON
 
 MEMORY = 256 * MiB
-_SOME_EPOCHS = 3
+#: The one that is under way, and one that was begun since.
+_SOME_EPOCHS = 2
 #: At the most, where it is not told to end before: a guest with little memory left does nothing else meanwhile.
 _CHURN_SECONDS = 12
 _CHURN = f"setsid sh -c '{PYTHON} churn {_CHURN_SECONDS} >churn.said 2>&1; echo $? >churn.status' &"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hva_host.agent.events import what_is_wrong
 from hva_host.agent.fleet import Fleet
 from hva_host.agent.model import EpochStats, ExecResult
 from hva_host.agent.vm import Vm
@@ -22,7 +23,7 @@ from hva_host.memory.backing import Backing
 from hvaqemu.config import ExtraDisk, VmConfig
 from hvaqemu.errors import HvaError
 from hvaqemu.paths import runtime_dir, state_dir
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 from hvaqemu.units import MiB
 from tests.vm.programs import bundle, start_command
 
@@ -133,7 +134,7 @@ class Guest:
 
 @asynccontextmanager
 async def running_guest(
-    name: str, *, memory: int = 512 * MiB, cpus: int = 2, extra_disks: Sequence[Path] = (), **more: Any
+    name: str, *, memory: int = 512 * MiB, cpus: int = 2, extra_disks: Sequence[Path | ExtraDisk] = (), **more: Any
 ) -> AsyncIterator[Guest]:
     """A VM that runs; whatever the test does to it, nothing may be left of it afterwards.
 
@@ -141,7 +142,7 @@ async def running_guest(
     """
     events: list[tuple[str, dict[str, Any]]] = []
     fleet = Fleet(runtime_dir(), embedded=True, on_event=lambda event, data: events.append((event, data)))
-    disks = tuple(ExtraDisk(path=path) for path in extra_disks)
+    disks = tuple(ExtraDisk(path=disk) if isinstance(disk, Path) else disk for disk in extra_disks)
     config = VmConfig(
         name=name, memory=memory, cpus=cpus, extra_disks=disks, allow_exec=True, boot_timeout=BOOT_SECONDS, **more
     )
@@ -151,6 +152,7 @@ async def running_guest(
     finally:
         await fleet.close()
     await nothing_left(name)
+    assert not [what for event, data in events if (what := what_is_wrong(event, data))]
 
 
 async def nothing_left(name: str) -> None:

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 from hva_host.agent.background import connect_or_start
 from hva_host.agent.client import ControlClient
 from hva_host.agent.pager_link import PagerLink
 from hva_host.agent.pager_process import PAGER_SOCKET
 from hva_host.memory.ledger import LEDGER_NAME
+from hvaqemu.errors import HvaError
 from tests.unit.control_stand_ins import short_folder
 from tests.vm.harness import STEP_SECONDS, until
 
@@ -84,6 +87,17 @@ class Host:
             return dict(await link.call("status"))
         finally:
             await link.close()
+
+    async def connected(self, name: str) -> None:
+        """Wait for a guest's agent; a host agent is started where there is none."""
+        deadline = time.monotonic() + STEP_SECONDS
+        while time.monotonic() < deadline:
+            with suppress(HvaError):
+                async with self.client() as client:
+                    if (await client.status(name)).guest_connected:
+                        return
+            await asyncio.sleep(0.1)
+        pytest.fail(f"{name}: no guest agent")
 
     # Processes
 

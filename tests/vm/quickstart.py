@@ -35,4 +35,6 @@ def holds_all_it_promises(result: Path, folder: Path) -> None:
         for epoch in report["epochs"]
     )
     assert len(report["timeline"]) > 50
+    assert len(report["ram"]) > 10
+    assert "<canvas" in (folder / "report.html").read_text()
     assert (folder / "timeline.png").read_bytes().startswith(b"\x89PNG")

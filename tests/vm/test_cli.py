@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hva_host.agent.model import Measure, ReclaimResult, VmStatus
+from hva_host.agent.ram_frames import RESIDENCES
+from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.units import MiB
 from tests.unit.control_stand_ins import short_folder
+from tests.unit.test_report_html import Page
 
 #: Far beyond what an idle machine needs; an image may have to be built.
 _SECONDS = 900.0
@@ -129,6 +135,14 @@ def vm(cli: Cli) -> Iterator[Path]:
     assert cli("down", "typed").stderr.decode().splitlines() == ["typed is down: the guest shut down"]
     assert cli.json("ls") == []
     assert "no such VM" in cli.fails("status", "typed")
+    # What was recorded outlives the VM, and needs no host agent.
+    cli.works("agent", "--stop")
+    recorded = [json.loads(line) for line in cli.works("events", "typed", "--json").splitlines()]
+    assert not (cli.folder / "r/control.sock").exists()
+    states = [line["data"]["state"] for line in recorded if line["event"] == "VM_STATE"]
+    assert (states[0], states[-1]) == ("running", "gone")
+    assert [line["time"] for line in recorded] == sorted(line["time"] for line in recorded)
+    assert "candidates discarded" in cli.works("events", "typed")
 
 
 @pytest.mark.timeout(_SECONDS)
@@ -188,6 +202,31 @@ def test_reclaim_and_restore_and_every_byte_is_the_same(cli: Cli, vm: Path) -> N
     assert cli.json("resume", "typed") == {"held": 0}
     assert cli.works(*digest) == before
     assert "EPOCH" in cli.works("status", "typed")
+
+
+@pytest.mark.timeout(_SECONDS)
+def test_a_report_shows_what_the_status_says(cli: Cli, vm: Path, tmp_path: Path) -> None:
+    cli.works("exec", "typed", "--timeout", "300s", "--", "sh", "-c", "cat /usr/bin/* | md5sum")
+    cli.works("reclaim", "typed")
+    path = tmp_path / "typed.html"
+    deadline = time.monotonic() + 60
+    while True:
+        assert cli.works("report", "typed", "-o", path) == f"{path}\n"
+        made = Page(path.read_text())
+        (found,) = made.data["maps"].values()
+        raw = zlib.decompress(base64.b64decode(found["residence"]["shares"]))
+        resident, _, layer, _ = (
+            np.frombuffer(raw, np.uint8).reshape(-1, len(RESIDENCES), found["cells"])[-1].mean(axis=1)
+        )
+        measure, pages = _measure(cli), (512 * MiB) >> PAGE_SHIFT
+        away = abs(layer / 255 - measure.layer_pages / pages), abs(resident / 255 - measure.resident_pages / pages)
+        # A map follows an epoch within seconds, and the guest goes on meanwhile.
+        if measure.layer_pages > 5000 and max(away) < 0.01:
+            break
+        assert time.monotonic() < deadline, away
+    assert found["states"]["known"][-1]
+    assert {"QEMU", "guest kernel", "hvaqemu"} <= set(made.texts["th"])
+    assert len(made.data["timelines"]["run-timeline"]["at"]) >= 2
 
 
 def _measure(cli: Cli) -> Measure:

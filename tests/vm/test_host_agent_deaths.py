@@ -21,7 +21,7 @@ import pytest_asyncio
 from hva_host.agent.client import ControlClient
 from hva_host.agent.model import ReclaimResult, VmState, VmStatus
 from hva_host.agent.records import VmRecord
-from hvaqemu.errors import HvaError, PeerLost
+from hvaqemu.errors import PeerLost
 from tests.vm.board import SERIAL, Board, GapLog
 from tests.vm.harness import COMPLAINTS, STEP_SECONDS, TREE, until
 from tests.vm.host import Host, own_host
@@ -54,7 +54,7 @@ class Orphan:
 
     async def run(self, *argv: str, stdin: bytes = b"") -> str:
         """What a command in the guest prints, once the guest agent is connected."""
-        await connected(self.host, _NAME)
+        await self.host.connected(_NAME)
         async with self.host.client() as client:
             done = await client.run(_NAME, argv, STEP_SECONDS, stdin)
         assert done.ok, f"{argv}: {done}"
@@ -277,20 +277,9 @@ async def test_while_a_vm_boots(orphan: Orphan, until_said: str) -> None:
     if "late" in listed:
         # It had begun to run: it boots on, under another host agent.
         assert until_said == "booting the guest"
-        await connected(orphan.host, "late")
+        await orphan.host.connected("late")
         await orphan.host.command("down", "late")
     assert not (orphan.host.runtime / "vms/late").exists()
     assert not (orphan.host.state / "vms/late").exists()
     assert not [words for words in orphan.host.processes().values() if any(b"guest=late" in word for word in words)]
     await orphan.right()
-
-
-async def connected(host: Host, name: str) -> None:
-    deadline = time.monotonic() + STEP_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(HvaError):
-            async with host.client() as client:
-                if (await client.status(name)).guest_connected:
-                    return
-        await asyncio.sleep(0.1)
-    pytest.fail(f"{name}: no guest agent")

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from hvaqemu.errors import HvaError, LaunchError, PeerLost
 from hvaqemu.faultpoints import VARIABLE
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 from hvaqemu.units import MiB
 from tests.vm.host import Host, own_host
 

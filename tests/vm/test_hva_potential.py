@@ -25,7 +25,7 @@ from hva_host.pager.epoch import CONFIRM_ROUNDS
 from hva_host.pager.membership import Member
 from hvaqemu.image_config import ImageConfig
 from hvaqemu.pages import PAGE_SIZE, STATE_MASK, PageState, Run
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 from hvaqemu.units import MiB
 from tests.vm.betrayal import Dependants
 from tests.vm.harness import BOTH, VOLATILE, Guest, running_guest

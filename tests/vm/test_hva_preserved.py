@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hva_host.agent.pager_process import call
-from hvaqemu.scenario_config import ReclaimState
+from hvaqemu.reclaim_config import ReclaimState
 from hvaqemu.units import MiB
-from tests.vm.harness import Guest, running_guest, until
+from tests.vm.harness import running_guest, until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -18,42 +18,12 @@ _MEMORY = 256 * MiB
 _KEPT = 24 * MiB
 #: Less than there is to page out, and more than the program's memory takes.
 _LIMIT = 12 * MiB
-_KEEP = """
-import hashlib, os, sys, time
-size = int(sys.argv[1])
-def page(number):
-    noise = b"".join(hashlib.sha512(b"%d %d" % (number, part)).digest() for part in range(16))
-    return noise + b"kept" * 768
-kept = bytearray(b"".join(page(number) for number in range(size // 4096)))
-if os.fork():
-    os._exit(0)
-os.setsid()
-for descriptor in (0, 1, 2):
-    os.dup2(os.open("/dev/null", os.O_RDWR), descriptor)
-while not os.path.exists("/run/check"):
-    time.sleep(0.2)
-good = all(kept[number * 4096 : number * 4096 + 4096] == page(number) for number in range(size // 4096))
-with open("/run/checked.new", "w") as file:
-    file.write("good" if good else "wrong")
-os.rename("/run/checked.new", "/run/checked")
-"""
-
-
-async def keep(guest: Guest) -> None:
-    """A program that keeps memory and sleeps."""
-    await guest.python(_KEEP, _KEPT)
-
-
-async def kept(guest: Guest) -> str:
-    """What it says of its memory, all of which it looks at."""
-    done = "[ -e /run/checked ] && cat /run/checked && exit"
-    return await guest.run(f"touch /run/check; for i in $(seq 300); do {done}; sleep 0.2; done")
 
 
 async def test_paged_out_and_back_under_a_guest_that_verifies_itself() -> None:
     async with running_guest("preserved", memory=_MEMORY, store={"limit": _LIMIT}) as guest:
         await guest.program("churn", "remember")
-        await keep(guest)
+        await guest.program("keeper", "keep", _KEPT)
         tree = await guest.tree_digest()
         filled = await guest.vm.measure()
 
@@ -82,7 +52,7 @@ async def test_paged_out_and_back_under_a_guest_that_verifies_itself() -> None:
         assert churned.ok, churned.stderr.decode(errors="replace")
         assert len(beside.epochs) > 5
         assert sum(stats.discarded_store for stats in beside.epochs) > 1000
-        assert await kept(guest) == "good"
+        await guest.program("keeper", "check")
         assert await guest.tree_digest() == tree
         assert await guest.complaints() == []
 

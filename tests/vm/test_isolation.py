@@ -147,10 +147,10 @@ async def test_reports_are_private_and_hold_no_raw_text_of_guests(two: Two, umas
     )
     assert done.returncode == 1, done.stderr
     files = [folder / "result.json", *sorted((folder / "a/report").iterdir())]
-    assert [file.name for file in files] == ["result.json", "report.json", "report.txt", "timeline.png"]
+    assert [file.name for file in files] == ["result.json", "report.html", "report.json", "report.txt", "timeline.png"]
     assert open_to_others(folder / "a") == []
     assert files[0].stat().st_mode & 0o777 == 0o600
-    shown = [done.stdout.decode(), done.stderr.decode(), *(file.read_text() for file in files[:3])]
+    shown = [done.stdout.decode(), done.stderr.decode(), *(file.read_text() for file in files[:4])]
     assert "owned" in files[0].read_text()
     assert "owned" in shown[0]
     for text in shown:

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from hvaqemu.errors import HvaError, LaunchError, PeerLost
 from hvaqemu.faultpoints import VARIABLE
-from hvaqemu.scenario_config import DEFAULT_STATES
+from hvaqemu.reclaim_config import DEFAULT_STATES
 from tests.vm.harness import STEP_SECONDS, until
 from tests.vm.host import Host, own_host
 

@@ -107,6 +107,13 @@ def test_wrong_yaml(host: Host, content: str, said: str) -> None:
     assert line.isprintable()
 
 
+def test_a_store_where_it_can_not_be(host: Host) -> None:
+    line = host.fails("run", host.scenario("  store: {folder: nowhere}"))
+    assert line.startswith(f"VM bad: store.folder: {host.folder}/nowhere: there is no such folder")
+    line = host.fails("run", host.scenario("  store: {folder: /dev/shm}"))
+    assert "store.folder: /dev/shm: is in the host's memory" in line
+
+
 def test_missing_file(host: Host) -> None:
     assert "nothing.yaml: No such file or directory" in host.fails("up", "nothing.yaml")
 

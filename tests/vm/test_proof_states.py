@@ -151,7 +151,7 @@ print(hashlib.md5(data).hexdigest())
 
     driver = guest.vm.reclaimer._driver
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_scan", nothing_new)
+        patch.setattr(driver, "scan", nothing_new)
         stats = await guest.epoch(VOLATILE)
     assert stats.unmatched > 0
     assert (await guest.run("md5sum /var/tmp/changed")).split()[0] == right

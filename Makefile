@@ -2,13 +2,14 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup demo lint test bench fuzz soak clean
+.PHONY: help setup demo lint test bench docs fuzz soak clean
 
 help:
 	@echo "make demo   set up, then boot a guest, reclaim its memory, check every byte: table, report/, picture"
-	@echo "make test   set up, lint, all tests (the ones in tests/vm boot guests; JOBS=2 for two files at a time)"
+	@echo "make test   set up, lint, all tests (tests/vm boots guests), JOBS=2 files at a time"
 	@echo "make lint   set up, ruff, mypy, import-linter"
 	@echo "make bench  set up, measure what the README's figures come from"
+	@echo "make docs   set up, write docs/control.md anew from the code"
 	@echo "make fuzz   set up, fuzz what reads the other side's bytes (MINUTES=30)"
 	@echo "make soak   set up, kill everything at random beside a guest that verifies itself (SECONDS=1200 SEED=)"
 	@echo "make clean  delete what was built in this folder; images stay cached (see: hvaqemu image list)"
@@ -26,12 +27,18 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-JOBS ?= 0
+# What needs no guest comes first; files of tests go side by side, the tests of one file one after the other.
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit tests/fuzz tests/kernel
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations 20 tests/vm
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+docs: setup
+	$(BIN)/python -m tools.control_docs
 
 MINUTES ?= 30
 fuzz: setup

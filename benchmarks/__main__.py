@@ -5,7 +5,20 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("epoch", "refault", "pager_memory", "pager_restart", "liars", "guest", "sizes", "false_loads")
+NAMES = (
+    "epoch",
+    "refault",
+    "pager_memory",
+    "pager_restart",
+    "liars",
+    "guest",
+    "sizes",
+    "false_loads",
+    "idle",
+    "policy",
+    "phases",
+    "density",
+)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from benchmarks.guest import READ, run
 from hva_host.agent.fleet import Fleet
 from hva_host.agent.vm import Vm
 from hvaqemu.config import VmConfig
-from hvaqemu.scenario_config import DEFAULT_STATES, ReclaimState
+from hvaqemu.reclaim_config import DEFAULT_STATES, ReclaimState
 from hvaqemu.units import MiB
 
 _MIB = 256

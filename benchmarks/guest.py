@@ -12,7 +12,7 @@ from hva_host.agent.fleet import Fleet
 from hva_host.agent.model import Measure
 from hva_host.agent.vm import Vm
 from hvaqemu.config import VmConfig
-from hvaqemu.scenario_config import DEFAULT_STATES
+from hvaqemu.reclaim_config import DEFAULT_STATES
 from hvaqemu.units import MiB, format_size
 
 FILL = "find /usr -xdev -type f -print0 | xargs -0 cat | md5sum"

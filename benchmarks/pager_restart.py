@@ -18,7 +18,7 @@ from benchmarks.figure import Figure, show
 from hva_host.agent.fleet import Fleet
 from hva_host.agent.vm import Vm
 from hvaqemu.config import ExtraDisk, VmConfig
-from hvaqemu.scenario_config import DEFAULT_STATES
+from hvaqemu.reclaim_config import DEFAULT_STATES
 from hvaqemu.units import MiB
 from tests.vm.board import SERIAL, Board, GapLog
 from tests.vm.harness import until

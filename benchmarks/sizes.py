@@ -22,7 +22,7 @@ from hva_host.agent.fleet import Fleet
 from hva_host.agent.model import EpochStats
 from hva_host.agent.vm import Vm
 from hvaqemu.config import VmConfig
-from hvaqemu.scenario_config import DEFAULT_STATES
+from hvaqemu.reclaim_config import DEFAULT_STATES
 from hvaqemu.units import GiB, MiB
 
 SIZES = (512 * MiB, GiB, 4 * GiB, 16 * GiB)

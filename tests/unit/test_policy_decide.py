@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from hva_host.policy.decide import REPORT_SECONDS, decide
-from hva_host.policy.decisions import Complaint, Decisions, Phase, Purpose
+from hva_host.policy.decisions import Complaint, Decisions, Phase, Purpose, Warn
 from hva_host.policy.judge import STALE_SECONDS
 from hva_host.policy.pacing import ORDER_SECONDS
 from hva_host.policy.rungs import BALLOON_RUNG, URGENT_RUNG
 from hva_host.policy.samples import Condition, GuestWord, HostSample, Limits, Look, Report, VmSample
-from hva_host.policy.state import PolicyMemory
+from hva_host.policy.state import PolicyMemory, ProactiveState, Rest, TargetState
+from hvaqemu.pages import PAGE_SHIFT
+from hvaqemu.reclaim_config import ReclaimState
 from hvaqemu.units import GiB, MiB
-from tests.unit.policy_samples import HOST, VM, at, config, decided, epoch, limits, refaulted
+from tests.unit.policy_samples import HOST, MEG, VM, at, config, decided, epoch, limits, refaulted
 
 PROACTIVE = limits({"a": config(mode="proactive")})
 SHORT_HOST = replace(HOST, available_bytes=200 * MiB)
@@ -216,6 +218,44 @@ def test_another_mode_begins_anew() -> None:
     assert not decisions.steps
     _, decisions = decided([at(120.0, epoch=epoch(1))], target, 120.0, memory)
     assert [step.purpose for step in decisions.steps] == [Purpose.TARGET]
+
+
+def test_another_target_or_other_states_count_at_once() -> None:
+    small = config(mode="target", target="64M")
+    given_up = TargetState(until_s=900.0, pause_s=480.0)
+    memory = knowing(looked(limits({"a": small})), config=small, target=given_up)
+    _, decisions = decided([at(111.0)], limits({"a": small}), 111.0, memory)
+    assert not decisions.steps
+    for other in (config(mode="target", target="200M"), config(mode="target", target="64M", states=list(ReclaimState))):
+        _, decisions = decided([at(111.0)], limits({"a": other}), 111.0, memory)
+        assert [step.purpose for step in decisions.steps] == [Purpose.TARGET]
+
+
+def test_another_budget_ends_a_rest() -> None:
+    rest = Rest(VM.backing_bytes >> PAGE_SHIFT, 100 * MEG, 200 * MEG, 10 * MEG, until_s=400.0)
+    memory = knowing(looked(), config=PROACTIVE.reclaim["a"], proactive=ProactiveState(rest=rest))
+    _, decisions = decided([at(111.0)], PROACTIVE, 111.0, memory)
+    assert not decisions.steps
+    more = limits({"a": config(mode="proactive", refault_budget="5%/min")})
+    _, decisions = decided([at(111.0)], more, 111.0, memory)
+    assert [step.purpose for step in decisions.steps] == [Purpose.PROACTIVE]
+
+
+def knowing(memory: PolicyMemory, **changes: Any) -> PolicyMemory:
+    """With something else remembered of the VM."""
+    return replace(memory, vms={"a": replace(memory.vms["a"], **changes)})
+
+
+def test_what_is_left_untouched_in_a_mild_shortage_is_not_denied() -> None:
+    mild = replace(HOST, available_bytes=int(0.9 * GiB))
+    allowed = limits({"a": config(mode="manual")}, available_bytes=GiB)
+    memory = PolicyMemory()
+    found: list[Warn] = []
+    for now in range(100, 300):
+        memory, decisions = decided([at(float(now))], allowed, float(now), memory, mild)
+        found += decisions.warnings
+    assert found
+    assert found[0].reason.endswith("no VM has anything left that is worth taking for that")
 
 
 def test_the_host_comes_before_a_vms_own_mode() -> None:

@@ -237,18 +237,25 @@ def test_balloons_that_can_not_be_inflated(change: dict[str, Any]) -> None:
 
 def test_what_was_taken_is_given_back_in_pieces_and_nothing_else() -> None:
     small = facts(replace(VM, balloon_bytes=256 * MiB, ballooned_bytes=100 * MiB))
-    found = deflated([small], HOST, GiB, PLENTY, 0)
+    found = deflated([small], HOST, PLENTY, 0)
     assert [(each.guest_bytes, each.taken_bytes) for each in found] == [(320 * MiB, 36 * MiB)]
     little = facts(replace(VM, balloon_bytes=256 * MiB, ballooned_bytes=3 * MiB))
-    found = deflated([little], HOST, GiB, PLENTY, 0)
+    found = deflated([little], HOST, PLENTY, 0)
     assert [(each.guest_bytes, each.taken_bytes) for each in found] == [(259 * MiB, 0)]
 
 
 def test_nothing_is_given_back_that_would_be_missing_again() -> None:
     small = [facts(replace(VM, balloon_bytes=256 * MiB, ballooned_bytes=256 * MiB))]
-    assert deflated(small, replace(HOST, available_bytes=int(1.4 * GiB)), GiB, PLENTY, 0) == []
-    assert deflated(small, None, GiB, PLENTY, 0) == []
-    assert deflated(small, HOST, GiB, replace(PLENTY, budget_bytes=GiB), GiB - 10 * MiB) == []
+    assert deflated(small, replace(HOST, available_bytes=int(1.4 * GiB)), PLENTY, 0) == []
+    assert deflated(small, None, PLENTY, 0) == []
+    assert deflated(small, HOST, replace(PLENTY, budget_bytes=GiB), GiB - 10 * MiB) == []
+    full = replace(HOST, cgroup=Cgroup(4 * GiB, 4 * GiB - 290 * MiB))
+    assert deflated(small, full, PLENTY, 0) == []
+    emptier = replace(HOST, cgroup=Cgroup(4 * GiB, 4 * GiB - 310 * MiB))
+    assert [each.guest_bytes for each in deflated(small, emptier, PLENTY, 0)] == [320 * MiB]
+    # No more than there is beyond what is to be kept.
+    three = small * 3
+    assert len(deflated(three, emptier, PLENTY, 0)) == 1
 
 
 @given(st.integers(0, 512 * MiB), st.integers(0, 512 * MiB), st.integers(1, 1 << 40))

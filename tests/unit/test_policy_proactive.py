@@ -122,6 +122,23 @@ def test_free_pages_go_first_and_in_steps_of_their_own() -> None:
         assert verdict.step.states == (VOLATILE,)
 
 
+def test_where_only_free_pages_are_asked_for_they_are_waited_for() -> None:
+    only = config(mode="proactive", states=["unused"])
+    verdict = decide(FRESH, facts(config=only, unused=10_000))
+    assert (verdict.step, verdict.state.rest) == (None, None)
+    assert 100.0 < verdict.next_s <= 130.0
+    # A scan has to wait for its share of the guest's processor.
+    state = replace(verdict.state, done=outcome(900, pages=1000, states=(UNUSED,)))
+    verdict = decide(state, facts(now=130.0, config=only, unused=10_000, earliest_s=134.0, unscanned_s=129.0))
+    assert (verdict.step, verdict.state.rest, verdict.next_s) == (None, None, 134.0)
+    verdict = decide(verdict.state, facts(now=134.0, config=only, unused=10_000, earliest_s=134.0, unscanned_s=129.0))
+    assert verdict.step is not None
+    assert verdict.step.states == (UNUSED,)
+    # Where there are none it rests.
+    verdict = decide(verdict.state, facts(now=140.0, config=only, unused=10))
+    assert verdict.state.rest is not None
+
+
 def test_free_pages_that_are_not_there_are_tried_again_later() -> None:
     state = decide(FRESH, facts(unused=10_000, outcome=outcome(0, states=(UNUSED,)))).state
     verdict = decide(state, facts(unused=10_000, now=101.0))

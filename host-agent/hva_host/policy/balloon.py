@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hva_host.policy import shortage
 from hva_host.policy.decisions import Balloon, Purpose
 from hva_host.policy.guest_short import AVAILABLE_BYTES, AVAILABLE_SHARE, WORD_SECONDS
 from hva_host.policy.samples import Condition, HostSample, Limits
@@ -23,7 +24,7 @@ SECONDS = 10.0
 _STEP_SHARE = 1 / 8
 #: A guest keeps this share of its memory in any case: its kernel and what starts it again.
 _KEEP_SHARE = 1 / 4
-#: The host has this many times what it is to keep available before any is given back, or it would be taken again.
+#: Host and cgroup have this many times what they are to keep before any is given back, or it would be taken again.
 _BACK_ABOVE = 1.5
 
 
@@ -43,16 +44,18 @@ def inflated(able: Sequence[Facts], wanted: Need) -> list[Balloon]:
     return found
 
 
-def deflated(taken: Sequence[Facts], host: HostSample | None, kept: int, limits: Limits, held: int) -> list[Balloon]:
+def deflated(taken: Sequence[Facts], host: HostSample | None, limits: Limits, held: int) -> list[Balloon]:
     """What to give back now that nothing has been missing for a while.
 
     :param taken: guests from which :func:`inflated` took something.
-    :param kept: bytes the host is to have available.
     :param held: bytes of backing and store of all VMs.
     """
-    if host is None or host.available_bytes < kept * _BACK_ABOVE:
+    if host is None:
         return []
-    room = host.available_bytes - kept
+    margins = shortage.margins(host, limits)
+    if any(each.left < each.kept * _BACK_ABOVE for each in margins):
+        return []
+    room = min(each.left - each.kept for each in margins)
     if limits.budget_bytes is not None:
         room = min(room, limits.budget_bytes - held)
     found = []

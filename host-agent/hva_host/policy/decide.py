@@ -92,8 +92,7 @@ def _for_the_host(
     if not wanted.missing:
         if now - state.calm_s >= pressure.CALM_SECONDS and now - state.ballooned_s >= balloon.SECONDS:
             taken = [vm.facts for vm in vms.values() if vm.facts.sample.ballooned_bytes]
-            kept = 0 if host is None else shortage.kept_available(host, limits)
-            state = _ballooned(state, vms, balloon.deflated(taken, host, kept, limits, held), now)
+            state = _ballooned(state, vms, balloon.deflated(taken, host, limits, held), now)
         return state, []
     givers = _givers(vms, state.rung, now, urgent=wanted.urgent)
     warnings = []
@@ -110,7 +109,9 @@ def _for_the_host(
         state = _ballooned(state, vms, balloon.inflated(guests, wanted), now)
         waited = now - state.ballooned_s >= balloon.SECONDS
     if wanted.short and last and waited and not givers:
-        warnings.append(Warn(Complaint.NOTHING_LEFT, "", wanted.missing, f"{wanted.reason}; no VM has anything left"))
+        left = "" if wanted.highest >= BALLOON_RUNG else " that is worth taking for that"
+        reason = f"{wanted.reason}; no VM has anything left{left}"
+        warnings.append(Warn(Complaint.NOTHING_LEFT, "", wanted.missing, reason))
     return state, warnings
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from hva_host.policy import guest_short, pacing, pressure, working_set
 from hva_host.policy.decisions import Balloon, Phase, Purpose, Scan, Step, Warn
 from hva_host.policy.samples import Condition, VmSample
-from hva_host.policy.state import Empty, Facts, Outcome, VmMemory
+from hva_host.policy.state import Empty, Facts, Outcome, TargetState, VmMemory
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.reclaim_config import ReclaimConfig, ReclaimMode
 
@@ -79,9 +79,8 @@ def judged(memory: VmMemory, sample: VmSample, config: ReclaimConfig, now: float
 
 def _looked(memory: VmMemory, sample: VmSample, config: ReclaimConfig, now: float) -> tuple[VmMemory, Outcome | None]:
     """With what is in a look that was not there before, and how the step under way came out."""
-    if memory.mode is not config.mode:
-        # The step under way is still one of this VM; what was learned for another mode is not.
-        memory = VmMemory(mode=config.mode, order=memory.order, short=memory.short)
+    if memory.config != config:
+        memory = _set(memory, config)
     elapsed = sample.at_s - memory.seen_s
     earliest_s, unscanned_s, ended_s = memory.earliest_s, memory.unscanned_s, memory.ended_s
     failed_s, order, outcome = memory.failed_s, memory.order, None
@@ -112,6 +111,15 @@ def _looked(memory: VmMemory, sample: VmSample, config: ReclaimConfig, now: floa
         failed_s=failed_s,
         short=guest_short.judged(memory.short, sample, now),
     ), outcome
+
+
+def _set(memory: VmMemory, config: ReclaimConfig) -> VmMemory:
+    """With another config: what was waited for under the one before may be there at once now."""
+    if memory.config is None or memory.config.mode is not config.mode:
+        # The step under way is still one of this VM; what was learned for another mode is not.
+        return VmMemory(config=config, order=memory.order, short=memory.short)
+    grown = replace(memory.proactive, until_s=None, rest=None, dull=0, level=0)
+    return replace(memory, config=config, proactive=grown, target=TargetState(), empty=Empty())
 
 
 def _counted(memory: VmMemory, outcome: Outcome, sample: VmSample, now: float, *, failed: bool) -> VmMemory:

@@ -8,8 +8,8 @@ from hva_host.policy.state import Outcome
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.reclaim_config import ReclaimState
 
-#: Of a vCPU, for scans (one takes 43 ms a 512 MiB under TCG): of a guest that has nothing to give, and while steps go
-#: on. Those that gain little come to an end by themselves, so in the long run the first is what an idle guest pays.
+#: Of a vCPU, for scans (one takes some 50 ms a 512 MiB under TCG): of a guest that has nothing to give, and while steps
+#: go on. Those that gain little come to an end by themselves, so in the long run the first is what an idle guest pays.
 GUEST_SHARE, GUEST_SHARE_STEPPING = 0.005, 0.02
 #: Of an epoch with UNUSED candidates: one proposes, two confirm. Others need the first only, and not every time.
 _SCANS_UNUSED, _SCANS = 3, 1

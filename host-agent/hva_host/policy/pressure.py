@@ -151,7 +151,11 @@ def steps(givers: Sequence[Giver], wanted: Need, rung: int, held: int) -> list[S
 def _holder(giver: Giver, *, sampled: bool) -> sharing.Holder:
     facts, sample = giver.facts, giver.facts.sample
     # A guest that stands still uses nothing.
-    used = 0 if sample.condition is Condition.PAUSED else int(facts.working_set or facts.resident)
+    used = (
+        0
+        if sample.condition is Condition.PAUSED
+        else int(facts.resident if facts.working_set is None else facts.working_set)
+    )
     size = (sample.backing_bytes + sample.store_bytes) >> PAGE_SHIFT
     left = max(0, pacing.spared(facts.spare, sampled=sampled) - giver.ordered)
     most = min(left, pacing.step_most(sample))

@@ -92,6 +92,8 @@ def decide(state: ProactiveState, facts: Facts) -> Verdict[ProactiveState]:
         # Nothing has been seen to be free for long yet.
         state = replace(state, free_again_s=facts.now + _FREE_SEEN_SECONDS)
     states = _states(state, facts)
+    if not states and (due_s := _free_due(state, facts)) > facts.now:
+        return Verdict(state, phase, "free pages are tried again later", due_s)
     if not states or pacing.spared(facts.spare, sampled=states != _FREE) < pacing.little(facts.sample):
         why = "nothing of its states is left" if not states else "it has no more than min_resident"
         return _resting(state, _rest(facts), facts, why)
@@ -190,6 +192,14 @@ def _states(state: ProactiveState, facts: Facts) -> tuple[ReclaimState, ...]:
     if ReclaimState.UNUSED in facts.config.states and confirmed and facts.unused >= pacing.step_least(facts.sample):
         return _FREE
     return _content(facts)[: state.level + 1]
+
+
+def _free_due(state: ProactiveState, facts: Facts) -> float:
+    """When free pages can be tried; now, where it is not time that they lack."""
+    able = ReclaimState.UNUSED in facts.config.states and facts.sample.guest_connected
+    if not able or facts.unused < pacing.step_least(facts.sample):
+        return facts.now
+    return max(state.free_again_s, facts.earliest_s)
 
 
 def _report_serves(facts: Facts) -> bool:

@@ -93,14 +93,38 @@ def need(look: Look, host: HostSample | None, limits: Limits, *, pressed: bool, 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """What is left of something, and what is to be; bytes."""
+
+    left: int
+    kept: int
+
+
+def margin_of_host(host: HostSample, limits: Limits) -> Margin:
+    return Margin(host.available_bytes, kept_available(host, limits))
+
+
+def margin_of_group(host: HostSample, limits: Limits) -> Margin | None:
+    """None: no cgroup limits the VMs below the host's own memory."""
+    if host.cgroup is None:
+        return None
+    return Margin(host.cgroup.left_bytes, int(host.cgroup.limit_bytes * limits.cgroup_headroom))
+
+
+def margins(host: HostSample, limits: Limits) -> list[Margin]:
+    """All that there are."""
+    return [each for each in (margin_of_host(host, limits), margin_of_group(host, limits)) if each is not None]
+
+
 def _of_host(host: HostSample, limits: Limits, held: int, more: float, falls: Falls) -> Sequence[Need]:
-    least = kept_available(host, limits)
-    reason = f"the host has {format_size(host.available_bytes)} available, and is to have {format_size(least)}"
-    found = [_below(host.available_bytes, least, more, reason), _soon(falls.available, least, "the host")]
-    if host.cgroup is not None:
-        left, least = host.cgroup.left_bytes, int(host.cgroup.limit_bytes * limits.cgroup_headroom)
-        reason = f"the VMs' cgroup has {format_size(max(0, left))} left, and is to have {format_size(least)}"
-        found += [_below(left, least, more, reason), _soon(falls.group, least, "the VMs' cgroup")]
+    own, group = margin_of_host(host, limits), margin_of_group(host, limits)
+    reason = f"the host has {format_size(own.left)} available, and is to have {format_size(own.kept)}"
+    found = [_below(own, more, reason), _soon(falls.available, own.kept, "the host")]
+    if group is not None:
+        left, kept = format_size(max(0, group.left)), format_size(group.kept)
+        reason = f"the VMs' cgroup has {left} left, and is to have {kept}"
+        found += [_below(group, more, reason), _soon(falls.group, group.kept, "the VMs' cgroup")]
     if host.psi_some is not None and host.psi_some > limits.psi_some:
         share = format_share(round(host.psi_some, 3))
         reason = f"processes of the host wait for memory {share} of the time"
@@ -110,7 +134,8 @@ def _of_host(host: HostSample, limits: Limits, held: int, more: float, falls: Fa
     return found
 
 
-def _below(have: int, least: int, more: float, reason: str) -> Need:
+def _below(margin: Margin, more: float, reason: str) -> Need:
+    have, least = margin.left, margin.kept
     if have >= least * more:
         return Need()
     urgent = have < least * URGENT_PART
@@ -135,9 +160,4 @@ def _soon(falling: Falling, least: int, whose: str) -> Need:
 
 def near(host: HostSample | None, limits: Limits) -> bool:
     """Whether the host may be short a few seconds from now."""
-    if host is None:
-        return False
-    least, group = kept_available(host, limits), host.cgroup
-    return host.available_bytes < least * _NEAR_TIMES or (
-        group is not None and group.left_bytes < group.limit_bytes * limits.cgroup_headroom * _NEAR_TIMES
-    )
+    return host is not None and any(each.left < each.kept * _NEAR_TIMES for each in margins(host, limits))

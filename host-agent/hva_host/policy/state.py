@@ -10,7 +10,7 @@ from hva_host.policy.decisions import Complaint, Purpose
 from hva_host.policy.falling import UNSEEN, Falls
 from hva_host.policy.rates import EMPTY, Window
 from hva_host.policy.samples import VmSample
-from hvaqemu.reclaim_config import ReclaimConfig, ReclaimMode, ReclaimState
+from hvaqemu.reclaim_config import ReclaimConfig, ReclaimState
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class VmMemory:
     """Of one VM.
 
     :ivar seen_s: when the newest look that counted was.
-    :ivar mode: that it is of; another one begins anew.
+    :ivar config: by which it came about; what another one may end is forgotten.
     :ivar working_set: pages, smoothed.
     :ivar earliest_s: no step before that needs a scan, so that scans stay within their share of the guest's CPU, and
         ``unscanned_s`` none at all, so that epochs stay within theirs of the host's.
@@ -166,7 +166,7 @@ class VmMemory:
     """
 
     seen_s: float = -math.inf
-    mode: ReclaimMode | None = None
+    config: ReclaimConfig | None = None
     refaults: Window = EMPTY
     working_set: float | None = None
     order: Order | None = None

@@ -19,6 +19,7 @@ from hva_host.report.html.ram_map import ram_map
 from hva_host.report.html.shown import Shown, Time, curves, time_of
 from hva_host.report.html.stalls import stalls
 from hva_host.report.html.timeline import timeline
+from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.units import MiB, format_duration, format_size
 
 #: Reports that a page shows side by side; there are so many colours.
@@ -174,7 +175,7 @@ def _side_by_side(reports: Sequence[Shown]) -> Element:
     rows = []
     for shown in reports:
         occupied = [sample.backing_bytes + sample.store_memory_bytes for sample in shown.timeline] or [0]
-        back = shown.timeline[-1].refault_pages << 12 if shown.timeline else 0
+        back = shown.timeline[-1].refault_pages * PAGE_SIZE if shown.timeline else 0
         waits = shown.stalls
         rows.append(
             [shown.name, shown.verdict]

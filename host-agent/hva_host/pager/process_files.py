@@ -79,10 +79,14 @@ def mappings(pid: int, inode: int, device: int) -> list[Mapping]:
     wanted = f"{os.major(device):02x}:{os.minor(device):02x}"
     found = []
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
+        text = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
     except (FileNotFoundError, ProcessLookupError) as error:
         raise PeerLost(f"process {pid} is gone") from error
-    for line in lines:
+    # All processes of the host are asked for one file, and to split their hundreds of lines costs most.
+    mark = f" {wanted} {inode} "
+    for line in text.splitlines() if mark in text else ():
+        if mark not in line:
+            continue
         addresses, permissions, offset, where, number, *_ = line.split(maxsplit=5)
         if int(number) == inode and where == wanted:
             start, stop = (int(part, 16) for part in addresses.split("-"))

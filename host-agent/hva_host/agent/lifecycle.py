@@ -11,6 +11,7 @@ from pathlib import Path
 from hva_host.agent import accounts, hazards, plan, vm_network
 from hva_host.agent.condition import Listener
 from hva_host.agent.layer_watch import content_of
+from hva_host.agent.model import VmState
 from hva_host.agent.pager_keeper import connect_or_start
 from hva_host.agent.pager_parent import PagerParent
 from hva_host.agent.records import VmFolder, VmRecord, disks_of
@@ -32,7 +33,9 @@ _KILL = StopTimeouts(powerdown=0, quit=0, terminate=0)
 #: Seconds for a QEMU that dies with its host agent.
 _DYING_SECONDS = 2.0
 #: Seconds in which the kernel tells us of a QEMU's death that others have met with.
-_DEATH_SEEN_SECONDS = 0.2
+_DEATH_SEEN_SECONDS = 2.0
+#: For the monitor of a QEMU that is taken over, and of one whose main loop may wait for a page that is held.
+_CONNECT_SECONDS, _CONNECT_HELD_SECONDS = 5.0, 2.0
 #: QEMU's word (RunState, qapi/run-state.json) for a machine that was started with -S and has not run yet.
 _NEVER_RAN = "prelaunch"
 
@@ -122,13 +125,17 @@ async def start_vm(
         reach("agent.up.attached")
         vm.supervise()
         progress("booting the guest")
-        await qmp.cont()
-        vm.running()
-        reach("agent.up.running")
         try:
+            await qmp.cont()
+            vm.running()
+            reach("agent.up.running")
             await race(vm.guest.wait_connected(config.boot_timeout), config.boot_timeout + 5, "guest agent", vm.failure)
         except PeerLost as error:
-            raise PeerLost(f"VM {config.name}: {vm.failure.result() if vm.failure.done() else error}") from error
+            if vm.failure.done():
+                raise PeerLost(f"VM {config.name}: {vm.failure.result()}") from error
+            with suppress(DeadlineExceeded):
+                raise PeerLost(f"VM {config.name}: {await process.wait(_DEATH_SEEN_SECONDS)}") from error
+            raise PeerLost(f"VM {config.name}: {error}") from error
         undo.pop_all()
         return vm
     raise AssertionError("unreachable")
@@ -153,7 +160,7 @@ async def adopt_vm(folder: VmFolder, record: VmRecord, pagers: PagerParent, list
     # A QEMU whose main loop waits for a fault answers no QMP; the supervisor tries again.
     never_ran = False
     with suppress(HvaError):
-        await vm.qmp.connect(2.0)
+        await vm.qmp.connect(_CONNECT_HELD_SECONDS if vm.state is VmState.HELD else _CONNECT_SECONDS)
         never_ran = (await vm.qmp.status()).status == _NEVER_RAN
         await vm.follow()
     reach("agent.adopt.connected")

@@ -243,6 +243,24 @@ async def test_a_guest_that_can_give_no_more_has_settled(monkeypatch: pytest.Mon
     assert monitor.size < 100 * MiB
 
 
+async def test_a_guest_that_stood_still_is_not_stuck() -> None:
+    monitor = StandInMonitor()
+    monitor.least = 500 * MiB
+    keeper = BalloonKeeper(monitor, BOUNDS)
+    keeper.shrinking = True
+    while not monitor.sizes:
+        await hear(keeper, monitor, 1)
+    await hear(keeper, monitor, 1)
+    # Its next word comes a minute later.
+    monitor.ahead += 60
+    await hear(keeper, monitor, 1)
+    assert not keeper.remarks
+    monitor.least = 0
+    await hear(keeper, monitor, 60)
+    assert not keeper.remarks
+    assert monitor.size < 100 * MiB
+
+
 async def test_a_guest_that_takes_memory_back_by_itself_is_held() -> None:
     monitor = StandInMonitor()
     keeper = BalloonKeeper(monitor, BOUNDS)

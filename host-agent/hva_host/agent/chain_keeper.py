@@ -21,8 +21,9 @@ from hvaqemu.errors import ConfigError, DeadlineExceeded, HvaError, PeerLost, Re
 #: How often sizes are looked at, by ``stat`` alone.
 _LOOK_SECONDS = 2.0
 _RETRY_SECONDS = 10.0
-#: The part of a pager's time that it may take to look for pages that depend on merged files.
-_SWEEP_SHARE = 0.02
+#: The part of a pager's time that it may take to look for pages that depend on merged files, and the longest pause that
+#: makes: such a look may also have waited for an epoch.
+_SWEEP_SHARE, _SWEEP_MOST = 0.02, 10.0
 
 
 class ChainKeeper:
@@ -174,7 +175,8 @@ class ChainKeeper:
             await self._renew()
         failed = await sweep(self._disks)
         ended = time.monotonic()
-        self._sweep_at = ended + max((ended - began) / _SWEEP_SHARE, _RETRY_SECONDS if failed else 0.0)
+        pause = min(_SWEEP_MOST, (ended - began) / _SWEEP_SHARE)
+        self._sweep_at = ended + max(pause, _RETRY_SECONDS if failed else 0.0)
         for path, why in failed.items():
             if self._undeleted.get(path) != why:
                 self._disks.tell("DELETE_FAILED", {"layer": str(path), "error": why})

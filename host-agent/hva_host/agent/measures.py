@@ -17,13 +17,11 @@ from hvaqemu.errors import HvaError
 from hvaqemu.pages import PAGE_SHIFT
 from hvaqemu.qemu.process import QemuProcess
 
-_STATS_SECONDS = 2.0
 
-
-async def guest_free(guest: GuestLink) -> int:
+async def guest_free(guest: GuestLink, timeout: float) -> int:
     """The guest's MemFree in bytes, -1 where its agent does not answer."""
     with suppress(HvaError):
-        return (await guest.stats(_STATS_SECONDS)).memory_free_bytes
+        return (await guest.stats(timeout)).memory_free_bytes
     return -1
 
 

@@ -95,12 +95,13 @@ async def sweep(disks: Disks) -> dict[Path, str]:
     for path in retired:
         if path in disks.book.images:
             slots = [layer for layer in known if layer["path"] == str(path)]
+            withdrawn = all(layer["withdrawn"] for layer in slots)
+            if withdrawn and any(layer["pages"] for layer in slots):
+                continue
             async with disks.exclusive:
-                if not all(layer["withdrawn"] for layer in slots):
+                if not withdrawn:
                     # A pager that was started after the merge has taken it for a new layer.
                     await disks.book.withdraw(path, move=False)
-                elif any(layer["pages"] for layer in slots):
-                    continue
                 if not await disks.book.drop(path):
                     continue
         try:

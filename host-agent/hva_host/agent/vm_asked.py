@@ -99,14 +99,15 @@ class AskedVm:
         """Done once the VM can not go on; says why. Whoever waits for the VM races this."""
         return self._condition.failure
 
-    async def measure(self) -> Measure:
+    async def measure(self, *, patience: float = 10.0) -> Measure:
         """All figures of the VM's memory.
 
+        :param patience: seconds for the guest's own figure.
         :raise PeerLost: the pager does not answer and the VM is gone.
         """
         pager = await self.pager_status()
         # A guest that stands still would only be waited for.
-        free = -1 if self._hold.active else await measures.guest_free(self.guest)
+        free = -1 if self._hold.active else await measures.guest_free(self.guest, patience)
         images = [image for image, _ in self.record.layers]
         return await measures.measure(pager, self.process, self.pager.pid, images, free)
 
@@ -130,7 +131,8 @@ class AskedVm:
         measure = None
         with contextlib.suppress(HvaError):
             pager = await self.holding.ask()
-            measure = await self.measure()
+            # Who asks how a VM is asks also about one that is slow.
+            measure = await self.measure(patience=2.0)
         hello = self.guest.hello
         refused = self.refusals.text
         if not refused and hello is not None and hello.checks_free_pages:
@@ -289,7 +291,8 @@ class AskedVm:
     async def balloon_back(self, timeout: float) -> int:
         """Give the guest back what policy took by its balloon; bytes it has then. Raises as :meth:`balloon`."""
         self._condition.refuse_when_still()
-        size = await self.qmp.balloon_actual() + self.record.ballooned_bytes
+        # It may still be on its way somewhere.
+        size = await self.qmp.balloon_as_it_is() + self.record.ballooned_bytes
         return await self.balloon(min(self.config.memory, size), timeout)
 
     async def _balloon_stays(self, before: int, taken: int, had: int) -> None:

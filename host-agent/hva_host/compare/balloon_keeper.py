@@ -13,9 +13,9 @@ from hvaqemu.errors import DeadlineExceeded
 from hvaqemu.qemu.guest_stats import GuestStats, Monitor
 from hvaqemu.units import format_size
 
-#: Seconds, by the clock of its words, in which a guest must give something of what it was asked for; one that does not
-#: is left with what it has.
-_STUCK_SECONDS = 5
+#: Seconds, by the clock of its words, and words in which a guest must give something of what it was asked for; one that
+#: does not is left with what it has. One that stood still says but one word of a long time.
+_STUCK_SECONDS, _STUCK_WORDS = 5, 3
 #: Seconds in which a guest takes back all that the balloon had.
 _DEFLATE_SECONDS = 30.0
 #: After it had to grow, a guest is not shrunk for so long (as long as MOM takes for a decision), or it would swing.
@@ -42,6 +42,8 @@ class _Shrink:
     #: What it had when it gave something last, and when that was said.
     size: int
     at: int
+    #: Words since then.
+    words: int = 0
 
 
 class BalloonKeeper:
@@ -155,6 +157,8 @@ class BalloonKeeper:
         taken = size > max(self._size, self._asked)
         self._size, self._least = size, min(self._least, size)
         shrink = self._shrink
+        if shrink is not None:
+            shrink.words += 1
         if taken:
             # deflate_on_oom: it was shorter of memory than its word had said.
             self._grown_at = time.monotonic()
@@ -164,9 +168,9 @@ class BalloonKeeper:
             self._shrink = None
             return
         elif size < shrink.size:
-            shrink.size, shrink.at = size, at
+            shrink.size, shrink.at, shrink.words = size, at, 0
             return
-        elif at - shrink.at < _STUCK_SECONDS:
+        elif at - shrink.at < _STUCK_SECONDS or shrink.words < _STUCK_WORDS:
             return
         else:
             if self._floor == 0:

@@ -18,9 +18,10 @@ from hvaqemu.qemu.qmp import QmpLink
 
 #: QEMU tells of devices that went, not of those that came. But whatever pins RAM, or hands it to others, has a
 #: descriptor in QEMU (a device of the kernel's, a socket, a memfd): those are counted often, for a hundredth of what a
-#: full look costs, and another number is followed by a full one. So is whatever was found, until it has gone.
+#: full look costs, and another number is followed by a full one. So is whatever was found, until it has gone. Once in a
+#: while it is looked at what can be plugged in, and at other processes, in any case.
 _EVERY_SECONDS = 2.0
-_FULL_SECONDS = 60.0
+_ANYHOW_SECONDS = 60.0
 _TELLING = ("DEVICE_", "MIGRATION", "JOB_STATUS_CHANGE", "MEMORY_DEVICE_", "DUMP_COMPLETED", "BLOCK_JOB_")
 
 
@@ -37,6 +38,8 @@ class HazardWatch:
         self._process = process
         self._poked = asyncio.Event()
         self._descriptors = 0
+        #: There may be something that no look has found yet.
+        self._unseen = False
         self._looked_at = -math.inf
 
     def on_qmp_event(self, event: QmpEvent) -> None:
@@ -45,15 +48,17 @@ class HazardWatch:
         if told or isinstance(event, DeviceDeleted | Stop | Resume):
             self._poked.set()
 
-    async def look(self, *, deep: bool = False) -> None:
-        """Ask QEMU now, and let :class:`Refusals` know; ``deep`` looks below devices, and at other processes.
+    async def look(self, *, deep: bool = False, processes: bool = False) -> None:
+        """Ask QEMU now, and let :class:`Refusals` know.
 
+        :param deep: look below devices, too.
+        :param processes: look at other processes, too.
         :raise HvaError: QEMU went, or did not answer; what was known stays.
         """
         if not self._qmp.connected:
             raise PeerLost("QMP: not connected")
         self._refusals.set(Source.QEMU, await hazards.of_qemu(self._qmp, deep=deep, direct=self._direct))
-        if deep:
+        if processes:
             self._refusals.set(Source.PROCESS, await asyncio.to_thread(hazards.of_process, self._process.pid))
 
     async def check(self) -> None:
@@ -72,20 +77,20 @@ class HazardWatch:
         while True:
             # Told of in time by whoever asks for an epoch.
             with suppress(HvaError):
-                if self._due():
-                    await self.look(deep=True)
-                    self._looked_at = time.monotonic()
+                self._unseen |= self._changed()
+                if self._unseen or time.monotonic() - self._looked_at >= _ANYHOW_SECONDS:
+                    await self.look(deep=self._unseen, processes=True)
+                    self._looked_at, self._unseen = time.monotonic(), False
             with suppress(TimeoutError):
                 async with asyncio.timeout(_EVERY_SECONDS):
                     await self._poked.wait()
 
-    def _due(self) -> bool:
-        """Is it time for a full look?"""
+    def _changed(self) -> bool:
+        """Whether there may be something new, or something was found."""
         before = self._descriptors
         with suppress(OSError):
             # A path object for each of a hundred would cost more than all the rest.
             self._descriptors = len(os.listdir(f"/proc/{self._process.pid}/fd"))  # noqa: PTH208
         poked = self._poked.is_set()
         self._poked.clear()
-        late = time.monotonic() - self._looked_at >= _FULL_SECONDS
-        return poked or late or self._descriptors != before or bool(self._refusals.text)
+        return poked or self._descriptors != before or bool(self._refusals.text)

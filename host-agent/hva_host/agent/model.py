@@ -211,6 +211,8 @@ class PolicyStatus(Record):
     #: "idle" where it does nothing by itself.
     phase: str = "idle"
     reason: str = ""
+    #: Seconds until it may do something again; None: it does nothing by itself.
+    again_s: float | None = None
     #: Estimated; None: not known (yet).
     working_set_bytes: int | None = None
     #: Accesses to discarded pages a minute, over the last minute; and what they are held to in mode proactive.

@@ -8,10 +8,11 @@ from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.reclaim_config import ReclaimConfig
 
 
-def policy_status(config: ReclaimConfig, view: View | None) -> PolicyStatus:
+def policy_status(config: ReclaimConfig, view: View | None, now: float) -> PolicyStatus:
     """The record for ``status``.
 
     :param view: None: policy does not govern the VM.
+    :param now: of the looks' clock.
     """
     if view is None:
         return PolicyStatus(mode=config.mode, target_bytes=config.target)
@@ -19,6 +20,7 @@ def policy_status(config: ReclaimConfig, view: View | None) -> PolicyStatus:
         mode=config.mode,
         phase=view.phase,
         reason=view.reason,
+        again_s=max(0.0, view.next_s - now),
         working_set_bytes=None if view.working_set is None else view.working_set * PAGE_SIZE,
         refaults_per_minute=view.refault_rate,
         budget_per_minute=view.budget,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ class AskedVm:
             held=list(self._hold.pages),
             disks=self.disks.status(),
             network=self.record.network,
-            policy=policy_status(self.config.reclaim, self.view),
+            policy=policy_status(self.config.reclaim, self.view, time.monotonic()),
         )
 
     async def report(self) -> VmReport:

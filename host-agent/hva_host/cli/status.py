@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hva_host.agent.model import DiskStatus, EpochStats, Measure, NetworkStatus, PolicyStatus, VmStatus
 
 _EPOCHS_SHOWN = 8
+#: Policy that waits for less goes on at the pace of its own looks.
+_WAITS_SECONDS = 10.0
 _DESCRIPTION = """\
 Show one VM: its memory on the host and what giving it back costs, what the last epochs did, and how
 long the guest's processors waited for pages to come back. Exit code 1 if it is HELD or PANICKED.
@@ -87,11 +89,13 @@ def render(vm: VmStatus) -> list[RenderableType]:
 
 
 def _policy(policy: PolicyStatus) -> str:
-    from hvaqemu.units import format_size
+    from hvaqemu.units import format_duration, format_size
 
     parts = [policy.mode if policy.target_bytes is None else f"{policy.mode} {format_size(policy.target_bytes)}"]
     if policy.phase != "idle":
         parts.append(f"{policy.phase} ({policy.reason})" if policy.reason else policy.phase)
+    if policy.again_s is not None and policy.again_s >= _WAITS_SECONDS:
+        parts.append(f"goes on in {format_duration(policy.again_s)}")
     if policy.working_set_bytes is not None:
         parts.append(f"working set {format_size(policy.working_set_bytes)}")
     if policy.refaults_per_minute is not None:

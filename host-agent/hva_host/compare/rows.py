@@ -90,6 +90,7 @@ def _work(found: Found, by_steps: bool) -> Iterator[tuple[str, Cell]]:
         yield f"load {name}, right answers", _load(name, lambda load: format_frequency(load.throughput))
         yield f"load {name}, p50", _load(name, lambda load: format_duration(load.p50_s))
         yield f"load {name}, p99", _load(name, lambda load: format_duration(load.p99_s))
+        yield f"load {name}, p99.9", _load(name, lambda load: format_duration(load.p999_s))
 
 
 def _refaults() -> Iterator[tuple[str, Cell]]:

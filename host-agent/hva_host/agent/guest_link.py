@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 OUTPUT_LIMIT = 4 << 20
 
 #: How often the session looks at the time, in seconds; an agent that is attached is only asked now and then for a word.
-_TICK, _TICK_ATTACHED = 0.25, 1.0
+_TICK, _TICK_ATTACHED = 0.25, 2.0
 _RECONNECT_MIN, _RECONNECT_MAX = 0.05, 1.0
 #: Seconds a command's end may take beyond the command's own timeout.
 _EXEC_GRACE = 10.0

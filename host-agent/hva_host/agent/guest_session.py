@@ -90,8 +90,8 @@ class GuestSession:
         self._end(PeerLost("the link to the guest agent was closed"), LinkState.CLOSED)
 
     def tick(self, now: float) -> None:
-        """What the passing of time asks for; to be called a few times a second while connected, once a
-        second while attached."""
+        """What the passing of time asks for; to be called a few times a second while connected, every two
+        seconds while attached."""
         if self.state is LinkState.ATTACHED:
             quiet = now - self._heard_at
             if quiet > _SILENT_AFTER:

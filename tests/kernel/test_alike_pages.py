@@ -38,8 +38,11 @@ def test_pages_all_equal_to_one_block(tmp_path: Path) -> None:
         guest.ram.add_layer(make_layer(tmp_path, blocks + alike))
         layer = next(iter(guest.ram.layers.values()))
         assert len(layer.index.ordered) == _PAGES, "one entry for each content"
-        different = min(_epoch_seconds(guest, b"".join(blocks)) for _ in range(2))
-        same = min(_epoch_seconds(guest, block(3) * _PAGES) for _ in range(2))
+        # In turn: what else the host does would not slow down the same one each time.
+        seconds = [
+            (_epoch_seconds(guest, b"".join(blocks)), _epoch_seconds(guest, block(3) * _PAGES)) for _ in range(5)
+        ]
+        different, same = map(min, zip(*seconds, strict=True))
         assert same < 3 * different + 0.05
         kinds = np.unique(guest.ram.ledger.entries >> np.uint64(60))
         assert list(kinds) == [Residence.LAYER]

@@ -127,6 +127,8 @@ def test_ram_of_hugetlb_pages_is_refused() -> None:
         pool.write_text(before)
 
 
+# Whoever changes the host's settings waits for all modules that depend on them, and waiting counts.
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("setting", ["advise", "always"])
 def test_huge_pages_really_behind_ram_are_refused(host_settings: HostSettings, setting: str) -> None:
     with host_settings.shmem_enabled("always"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hva_host.pager.coldness import REGION
@@ -21,6 +22,7 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
     """All of its pages are copies."""
     monkeypatch.setattr("hva_host.pager.coldness.WATCHED_SECONDS", 0.0)
     with Guest(PAGES) as guest:
+        monkeypatch.setattr(guest.samples.copies, "_random", np.random.default_rng(2))
         guest.ram.add_layer(make_layer(tmp_path, [block(pfn) for pfn in range(PAGES)]))
         for pfn in range(PAGES):
             guest.fill(pfn, block(pfn))

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import QMPClient
+from qemu.qmp import ConnectError, QMPClient, Runstate
 
 from hvaqemu.errors import HvaError
 from hvaqemu.units import MiB
@@ -199,8 +199,12 @@ async def arrived(guest: Foreign, stream: Path) -> str:
     with subprocess.Popen([*argv, "-incoming", f"exec:cat {stream}"]) as qemu:  # noqa: ASYNC220
         client = QMPClient("there")
         try:
-            await until(monitor.exists, STEP_SECONDS, "the other QEMU")
-            await client.connect(str(monitor))
+            async with asyncio.timeout(STEP_SECONDS):
+                while client.runstate is not Runstate.RUNNING:
+                    # It makes its socket, and listens a moment later.
+                    with suppress(ConnectError):
+                        await client.connect(str(monitor))
+                    await asyncio.sleep(0.05)
             async with asyncio.timeout(STEP_SECONDS):
                 status = await after_arrival(client)
             assert status in ("paused", "prelaunch", "postmigrate"), status

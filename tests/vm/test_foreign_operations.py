@@ -89,8 +89,9 @@ async def test_snapshot_save_and_load(guest: Foreign) -> None:
     assert (await guest.vm.execute(["tee", "/run/held.py"], timeout=STEP_SECONDS, stdin=_HELD.encode())).ok
     held = await guest.run("cd /run; setsid python3 -B held.py & while [ ! -s held ]; do sleep 0.1; done; cat held")
     await guest.vm.reclaim(BOTH)
-    # Idle, it waits for no interrupt that could be lost.
-    await asyncio.sleep(1.0)
+    # Idle, it waits for no interrupt that could be lost. It is told what was discarded, up to 5 s after the last epoch.
+    await guest.run("sync")
+    await asyncio.sleep(6.0)
     await guest.tell("snapshot-save", job_id="save", tag="then", **disk)
     await guest.job("save")
     async with continuous_epochs(guest):

@@ -120,7 +120,8 @@ async def come_to(guest: Guest, steward: Steward, state: str, how: str) -> None:
         assert stats.unconfirmed > 1000
         unused = guest.classes() & STATE_MASK == PageState.UNUSED
         assert not (before & unused & ~guest.presence()).any(), "what was not confirmed twice is not discarded"
-    assert not steward.armed, f"no agent was {state}"
+    # Whoever asked may have given up before the agent came to it.
+    await until(lambda: not steward.armed, STEP_SECONDS, f"an agent that is {state}")
 
 
 async def back(guest: Guest) -> None:
@@ -144,7 +145,7 @@ async def back(guest: Guest) -> None:
 async def test_an_agent_that_dies_or_stands_still(
     guest: Guest, steward: Steward, tree: str, state: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guest.protection(monkeypatch, 0.5)
+    guest.protection(monkeypatch, 3.0)
     monkeypatch.setattr(epochs, "_SCAN_SECONDS", 1.0)
     monkeypatch.setattr(guest_link, "_EXEC_GRACE", 1.0)
     await guest.epoch(VOLATILE)

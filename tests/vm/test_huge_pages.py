@@ -21,7 +21,8 @@ from tests.vm.harness import (
     running_guest,
 )
 
-pytestmark = pytest.mark.timeout(600)
+#: Whoever changes the host's settings waits for all modules that depend on them, and waiting counts.
+pytestmark = pytest.mark.timeout(1800)
 
 _MEMORY = 256 * MiB
 

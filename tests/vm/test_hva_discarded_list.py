@@ -15,7 +15,7 @@ from hva_host.agent import discarded_list
 from hvaqemu.pages import PAGE_SIZE, STATE_MASK, PageState, Residence
 from hvaqemu.units import MiB
 from tests.vm.betrayal import Dependants
-from tests.vm.harness import BOTH, UNUSED, Guest, running_guest
+from tests.vm.harness import BOTH, STEP_SECONDS, UNUSED, Guest, running_guest, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
@@ -25,6 +25,8 @@ _LIST = "/run/hva/discarded"
 #: 256 MiB of the root disk, through the page cache.
 _FILL = "dd if=/dev/vda of=/dev/null bs=64k count=4096 2>/dev/null"
 _KINDS = {kind.name.lower(): kind for kind in Residence}
+#: Pages that what little the guest does meanwhile may use and free between an epoch and a look at what it did.
+_MEANWHILE = 256
 
 
 class Listed:
@@ -72,7 +74,8 @@ async def guest() -> AsyncIterator[Guest]:
 
 
 async def test_the_list_is_what_the_ledger_says(guest: Guest) -> None:
-    assert await guest.run(f"ls {_LIST} 2>/dev/null || true") == "", "nothing was taken"
+    text = await guest.run(f"cat {_LIST} 2>/dev/null || true")
+    assert not text or not Listed(text).kinds.any(), "nothing was taken"
     await guest.run(_FILL)
     await guest.vm.reclaim(BOTH)
     listed = await told(guest)
@@ -107,8 +110,8 @@ async def test_what_the_guest_frees_becomes_zero(guest: Guest) -> None:
     free = guest.classes() & STATE_MASK == PageState.UNUSED
     # Those that were used again in between came back, and may have been discarded anew.
     assert stats.freed > 0.15 * _PAGES
-    assert stats.freed <= np.count_nonzero(turned)
-    assert np.count_nonzero(turned & ~free) == 0
+    assert stats.freed <= np.count_nonzero(turned) + _MEANWHILE
+    assert np.count_nonzero(turned & ~free) < _MEANWHILE / 4
     # All there are: what is still in use stays what it was, to the page.
     assert np.count_nonzero((after == Residence.LAYER) & free) < 0.01 * _PAGES
     assert (await guest.vm.measure()).freed_pages - measured.freed_pages == stats.freed
@@ -123,6 +126,12 @@ async def test_what_the_guest_frees_becomes_zero(guest: Guest) -> None:
     assert await guest.complaints() == []
 
 
+async def whole_epoch(guest: Guest) -> None:
+    """Wait until an epoch has ended that began after this."""
+    seen = guest.heard("EPOCH")
+    await until(lambda: guest.heard("EPOCH") > seen + 1, STEP_SECONDS, "an epoch")
+
+
 async def test_it_goes_on_while_pages_are_freed_and_used_again(guest: Guest) -> None:
     """Continuous epochs beside a guest that drops its cache, fills memory and reads its files back."""
     tree = await guest.tree_digest()
@@ -130,10 +139,13 @@ async def test_it_goes_on_while_pages_are_freed_and_used_again(guest: Guest) -> 
     digests = []
     for _ in range(2):
         digests.append(await guest.tree_digest())
+        await whole_epoch(guest)
         await guest.run(
             "dd if=/dev/urandom of=/dev/shm/new bs=64k count=400 2>/dev/null; md5sum /dev/shm/new >/run/sum; "
-            "echo 3 >/proc/sys/vm/drop_caches; sleep 1; md5sum -c /run/sum; rm /dev/shm/new"
+            "echo 3 >/proc/sys/vm/drop_caches"
         )
+        await whole_epoch(guest)
+        await guest.run("md5sum -c /run/sum; rm /dev/shm/new")
     result = await guest.vm.stop_reclaiming()
     assert sum(stats.freed for stats in result.epochs) > 500
     assert digests == [tree] * 2

@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from hvaqemu.pages import PAGE_SIZE, STATE_MASK, PageState, Run
 from hvaqemu.reclaim_config import ReclaimState
 from hvaqemu.units import MiB
 from tests.vm.betrayal import Dependants
-from tests.vm.harness import BOTH, VOLATILE, Guest, running_guest
+from tests.vm.harness import BOTH, STEP_SECONDS, VOLATILE, Guest, running_guest, until
 
 #: The image may have to be built first.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
@@ -43,8 +43,13 @@ _WRITING_SECONDS = 6.0
 class Mapped:
     """The process in the guest, and what its file must hold."""
 
-    def __init__(self, guest: Guest, content: bytes) -> None:
+    def __init__(self, guest: Guest, content: bytes, patch: pytest.MonkeyPatch) -> None:
         self.guest = guest
+        driver = guest.vm.reclaimer._driver
+        self._scan = driver.scan
+        #: Where the mapping's pages are, once that is known: from then on no report passes over them.
+        self._places = np.empty(0, dtype=np.int64)
+        patch.setattr(driver, "scan", self._scan_all)
         self.model = bytearray(content)
         self.writes = 0
 
@@ -57,19 +62,36 @@ class Mapped:
         """Where the mapping's pages are."""
         return np.array(await self.ask("pfns"), dtype=np.int64)
 
-    async def found(self, pfns: NDArray[np.int64]) -> None:
-        """Until the guest agent has come to this process: it has only so much time for each look."""
+    async def find(self) -> None:
+        """Learn where the mapping's pages are."""
+        self._places = await self.pfns()
+        assert (self._places >= 0).all() and len(set(self._places.tolist())) == _PAGES
+
+    async def _scan_all(self, link: GuestLink) -> None:
+        """Have the guest report until its agent has looked at all of the mapping: it has only so much time for each
+        look, which goes by too while its processor is kept waiting."""
         for _ in range(20):
-            classes = (await self.guest.vm.guest.scan(60)).classes
-            if np.count_nonzero(classes[pfns] & STATE_MASK == PageState.POTENTIAL) > 0.99 * _PAGES:
+            await self._scan(link)
+            missed = self.guest.classes()[self._places] & STATE_MASK == PageState.VOLATILE
+            if np.count_nonzero(missed) <= 0.01 * _PAGES:
                 return
         raise AssertionError("the mapping is not found")
 
-    async def write(self, seconds: float) -> None:
-        """Have it write for so long, and write the same into the model."""
+    async def end(self) -> None:
+        """End the process; what becomes of its pages is the guest's affair."""
+        self._places = self._places[:0]
+        await self.guest.run(
+            "cd /run/mapper; echo end >.ask; mv .ask ask; while [ -e /run/mapper ]; do sleep 0.05; done"
+        )
+
+    async def write(self, enough: Callable[[], bool]) -> None:
+        """Have it write for a while, and until there is ``enough`` to be seen, and write the same into the model."""
         writing = asyncio.create_task(self.ask(f"write {self.writes}"))
-        await asyncio.sleep(seconds)
-        await self.guest.run("touch /run/mapper/stop")
+        try:
+            await asyncio.sleep(_WRITING_SECONDS)
+            await until(enough, STEP_SECONDS / 2, "what is to be seen while it writes")
+        finally:
+            await self.guest.run("touch /run/mapper/stop")
         done = int(await writing)
         for number in range(self.writes, done):
             data = hashlib.sha256(b"%d" % number).digest()
@@ -96,14 +118,15 @@ async def mapped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mapp
     image = ImageConfig(name="test-mapped", files={_FILE: file})
     async with running_guest("potential", memory=_MEMORY, image=image) as guest:
         await guest.program("mapper", _FILE, _PAGES)
-        yield Mapped(guest, content)
+        with pytest.MonkeyPatch.context() as patch:
+            made = Mapped(guest, content, patch)
+            await made.find()
+            yield made
 
 
 async def test_they_are_discarded_only_when_asked_for_and_after_volatile(mapped: Mapped) -> None:
     guest = mapped.guest
     pfns = await mapped.pfns()
-    assert (pfns >= 0).all() and len(set(pfns.tolist())) == _PAGES
-    await mapped.found(pfns)
     result = await guest.vm.reclaim(BOTH)
     states = guest.classes()[pfns] & STATE_MASK
     assert np.count_nonzero(states == PageState.POTENTIAL) > 0.99 * _PAGES
@@ -132,7 +155,13 @@ async def test_mapping_and_file_agree_after_writes_under_epochs(mapped: Mapped) 
     assert mapped.dependants(pfns) > 0.95 * _PAGES
     before = (await guest.vm.status()).measure
     guest.vm.start_reclaiming((*BOTH, POTENTIAL), 0.0)
-    await mapped.write(_WRITING_SECONDS)
+    begun = len(guest.events)
+
+    def with_copies() -> int:
+        told = [data["stats"] for name, data in guest.events[begun:] if name == "EPOCH"]
+        return sum(stats["discarded_layer"] > 0 for stats in told)
+
+    await mapped.write(lambda: with_copies() >= 3)
     result = await guest.vm.stop_reclaiming()
     after = (await guest.vm.status()).measure
     touched = sum(stats.touched for stats in result.epochs)
@@ -177,8 +206,8 @@ async def test_the_test_fails_without_the_proof(mapped: Mapped, monkeypatch: pyt
 async def test_what_was_written_is_on_the_disk(mapped: Mapped) -> None:
     """The zeros of the test before were never dirty, so the disk is right: it must not depend on what came back."""
     guest = mapped.guest
-    await guest.run("cd /run/mapper; echo end >.ask; mv .ask ask; while [ -e /run/mapper ]; do sleep 0.05; done; sync")
-    await guest.run("echo 3 >/proc/sys/vm/drop_caches")
+    await mapped.end()
+    await guest.run("sync; echo 3 >/proc/sys/vm/drop_caches")
     right = hashlib.md5(mapped.model).hexdigest()
     assert (await guest.run(f"md5sum {_FILE}")).split()[0] == right
     await guest.vm.reclaim((VOLATILE,))

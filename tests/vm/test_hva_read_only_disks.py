@@ -16,7 +16,7 @@ from hvaqemu.config import ExtraDisk
 from hvaqemu.errors import RefusedError
 from hvaqemu.units import MiB
 from tests.vm.frozen import DISKS
-from tests.vm.harness import BOTH, Guest, running_guest, until
+from tests.vm.harness import BOTH, STEP_SECONDS, Guest, running_guest, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
@@ -85,11 +85,13 @@ async def test_it_can_not_be_frozen(guest: Guest, disk: Path) -> None:
 
 async def test_it_is_watched(guest: Guest, disk: Path) -> None:
     async with written(disk):
-        await until(lambda: "has it open for writing" in guest.vm.refusals.text, 10, "the writer to be told of")
+        await until(
+            lambda: "has it open for writing" in guest.vm.refusals.text, STEP_SECONDS, "the writer to be told of"
+        )
         assert disk.name in guest.vm.refusals.text
         with pytest.raises(RefusedError, match="open for writing"):
             await guest.vm.reclaim(BOTH)
-    await until(lambda: not guest.vm.refusals.text, 10, "it to be trusted again")
+    await until(lambda: not guest.vm.refusals.text, STEP_SECONDS, "it to be trusted again")
     await guest.vm.reclaim(BOTH, epochs=1)
 
 

@@ -97,7 +97,7 @@ def test_what_is_cached_comes_at_once_and_needs_no_tool(tmp_path: Path, monkeypa
     said: list[str] = []
     started = time.monotonic()
     assert ensure_image(DEFAULT, base_dir=tmp_path, progress=said.append) == image
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     assert said == []
 
 

@@ -27,7 +27,7 @@ from hvaqemu.pages import PAGE_SIZE
 from hvaqemu.qemu.launch import QMP_SOCKET
 from hvaqemu.units import MiB
 from tests.vm.betrayal import Dependants, Golden
-from tests.vm.harness import TREE, until
+from tests.vm.harness import STEP_SECONDS, TREE, until
 from tests.vm.host import Host, own_host
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
@@ -38,6 +38,8 @@ _VM = f"name: {_NAME}\nmemory: 256M\nallow_exec: true\nboot_timeout: 240s\n"
 _SECONDS = 300.0
 #: A command is a Python process of its own, and may have to start a host agent that adopts the VM first.
 _AT_ONCE = 12.0
+#: `down` can be given only once. Where a QEMU that can not hear is asked before it is killed, that takes 12 s more.
+_DOWN = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +54,8 @@ def host(golden: Golden) -> Iterator[Host]:
         yield made
 
 
-async def typed(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
-    """A command that may fail, and must not wait."""
+async def timed(host: Host, *words: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A command that may fail, and the seconds it took."""
     began = time.monotonic()
     done = await asyncio.to_thread(
         subprocess.run,
@@ -63,9 +65,28 @@ async def typed(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **host.environment},
         timeout=_SECONDS,
     )
-    assert time.monotonic() - began < _AT_ONCE, f"{words}: {done}"
     assert "Traceback" not in done.stderr
+    return done, time.monotonic() - began
+
+
+async def typed(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command that may fail, that does the same when given again, and that must not wait."""
+    done, seconds = await timed(host, *words)
+    if _AT_ONCE < seconds < 2 * _AT_ONCE:
+        # The host may have been busy for once; what waits for something does so again.
+        done, seconds = await timed(host, *words)
+    assert seconds < _AT_ONCE, f"{words}: {seconds:.1f} s, {done}"
     return done
+
+
+async def down(host: Host, name: str) -> str:
+    """End a VM, which must be quick; what the command says."""
+    done, seconds = await timed(host, "down", name)
+    print(f"down took {seconds:.1f} s")
+    assert seconds < _DOWN, f"{seconds:.1f} s, {done}"
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"{name} is down: ")
+    return done.stderr
 
 
 class Stuck:
@@ -81,8 +102,8 @@ class Stuck:
         self.qemu = qemu
         dependants = Dependants(qemu, _MEMORY)
         assert len(dependants.pfns) > 5_000
-        #: The page that the main loop is made to touch, and the altered block.
-        self.page, self.block = int(dependants.pfns[-1]), dependants.blocks[-1:]
+        #: The altered block, and a page with it that the main loop is made to touch: none before :meth:`betrayed`.
+        self.block, self.page = dependants.blocks[:0], -1
         self.saved = host.folder / "saved"
 
     def kill_agent(self) -> None:
@@ -114,6 +135,17 @@ class Stuck:
                 task.cancel()
             await asyncio.wait({saving, asked})
 
+    async def betrayed(self) -> None:
+        """Alter a block that a page still depends on once that is done: the guest goes on meanwhile."""
+        async with asyncio.timeout(_SECONDS):
+            while True:
+                self.block = Dependants(self.qemu, _MEMORY).blocks[-1:]
+                await self.golden.alter(self.block)
+                if left := Dependants(self.qemu, _MEMORY).on(self.block):
+                    self.page = max(left)
+                    return
+                await self.repaired()
+
     async def repaired(self) -> None:
         await self.golden.repair(self.block)
 
@@ -129,8 +161,8 @@ async def stuck(host: Host, golden: Golden) -> AsyncIterator[Stuck]:
     made = Stuck(host, golden, digest)
     # Nobody is there to be told: what happens next is found by who adopts the VM.
     made.kill_agent()
-    await golden.alter(made.block)
     try:
+        await made.betrayed()
         yield made
     finally:
         await made.repaired()
@@ -255,11 +287,9 @@ async def test_down_is_quick_whatever_qemu_does(stuck: Stuck, how: str) -> None:
         assert stuck.host.send(stuck.qemu, signal.SIGSTOP)
     else:
         await stuck.stop_main_loop()
-    done = await typed(stuck.host, "down", _NAME)
-    assert done.returncode == 0
-    assert done.stderr.startswith(f"{_NAME} is down: ")
+    said = await down(stuck.host, _NAME)
     if how != "stopped by a signal":
-        assert "SIGKILL" in done.stderr
+        assert "SIGKILL" in said
     await stuck.host.all_gone()
 
 
@@ -272,17 +302,15 @@ async def test_down_while_it_starts_and_after_its_agent_was_killed(host: Host) -
         up = await asyncio.create_subprocess_exec(*argv, env=environment, stderr=subprocess.PIPE)
         assert up.stderr is not None
         async with asyncio.timeout(200):
-            while b"booting the guest" not in await up.stderr.readline():
-                assert up.returncode is None
+            while b"booting the guest" not in (line := await up.stderr.readline()):
+                assert line, "it ended before"
         if killed:
             for agent in host.agents():
                 host.send(agent, signal.SIGKILL)
-        done = await typed(host, "down", "half")
-        assert done.returncode == 0
-        assert done.stderr.startswith("half is down: ")
+        await down(host, "half")
         said = (await up.stderr.read()).decode()
         assert await up.wait() == 1
         assert killed or "was ended by 'hvaqemu down' while it was starting" in said
-        await until(lambda: host.qemu() is None, 10, "the end of QEMU")
+        await until(lambda: host.qemu() is None, STEP_SECONDS, "the end of QEMU")
         assert not Path(host.runtime / "vms/half").exists()
     await host.all_gone()

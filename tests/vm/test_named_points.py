@@ -127,9 +127,9 @@ async def test_in_up(points: Points, point: str) -> None:
 
 @pytest.mark.parametrize("point", [*PAGER, *AGENT])
 async def test_while_reclaiming_and_reading(points: Points, digest: str, point: str) -> None:
+    points.arm(point)
     if point == "pager.parent.fork":
         points.kill(*points.host.pagers())
-    points.arm(point)
     for _ in range(_ROUNDS):
         await points.reclaim()
         assert await points.sh(_DIGEST) == digest

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from hva_host.agent import epochs
+from hva_host.agent import epochs, fleet, guest_session
 from hva_host.agent.model import VmState
 from hvaqemu.errors import ConfigError, DeadlineExceeded, HvaError, PeerLost
 from hvaqemu.pages import STATE_MASK, PageState, Run
+from hvaqemu.qemu.process import StopTimeouts
 from tests.vm.board import SERIAL, Board
 from tests.vm.harness import (
     BOOT_SECONDS,
@@ -82,7 +83,9 @@ async def test_guest_agent_killed(guest: Guest) -> None:
 
 async def test_guest_agent_silent(guest: Guest, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent that is stopped between its scan and the confirmation, and one that answers no scan either."""
-    guest.protection(monkeypatch, 1.0)
+    guest.protection(monkeypatch, 4.0)
+    # However long all of this takes: that an agent falls silent is another test's subject.
+    monkeypatch.setattr(guest_session, "_SILENT_AFTER", 1000.0)
     await guest.program("writer", SERIAL)
     await board.beats()
     # Free pages that the host has, and copies to discard.
@@ -142,6 +145,7 @@ async def test_pager_killed(guest: Guest) -> None:
     await asyncio.sleep(0.2)
     os.kill(first, signal.SIGKILL)
     assert await reading == tree
+    await until(lambda: guest.vm.record.pager_restarts == restarts + 1, STEP_SECONDS, "another pager")
     status = await guest.vm.status()
     assert (status.state, status.pager_restarts) == (VmState.RUNNING, restarts + 1)
     assert status.pager_pid != first
@@ -183,8 +187,10 @@ async def test_reboot(guest: Guest, how: str) -> None:
     await reclaim_is_sound(guest)
 
 
-async def test_panic(guest: Guest) -> None:
+async def test_panic(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one: nothing is left of the guest."""
+    # A busy host's QEMU may take longer to quit than it is given.
+    monkeypatch.setattr(fleet, "_DOWN", StopTimeouts(quit=60.0))
     asked = asyncio.create_task(guest.vm.execute(["sh", "-c", "echo c >/proc/sysrq-trigger"], timeout=300))
     async with asyncio.timeout(_SOON):
         reason = await guest.vm.failure

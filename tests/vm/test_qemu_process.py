@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,7 @@ from hvaqemu.image_config import DEFAULT_IMAGE
 from hvaqemu.qemu import sockets
 from hvaqemu.qemu.command import LaunchFiles
 from hvaqemu.qemu.disk import create_overlay
-from hvaqemu.qemu.events import BalloonChange, GuestPanicked, Powerdown, QmpEvent, Resume, Shutdown
+from hvaqemu.qemu.events import BalloonChange, GuestPanicked, Powerdown, QmpEvent, Resume, Shutdown, Stop
 from hvaqemu.qemu.launch import AGENT_SOCKET, CONSOLE_LOG, QEMU_LOG, QMP_SOCKET, launch
 from hvaqemu.qemu.process import QemuLaunchError, QemuProcess, StopHow, StopTimeouts
 from hvaqemu.qemu.qmp import QmpError, QmpLink
@@ -145,8 +145,10 @@ async def test_guest_panic_is_an_event_and_the_machine_stays(image: GuestImage, 
     async with started(image, shim, runtime, kernel_args="rdinit=/none init=/none root=/dev/none") as vm:
         await vm.qmp.cont()
         await vm.process.race(vm.events.until(GuestPanicked), BOOT_SECONDS, "panic")
+        # Told before it is done.
+        await vm.process.race(vm.events.until(Stop), STEP_SECONDS, "the machine's stop")
         assert (await vm.qmp.status()).status == "guest-panicked"
-        report = await vm.process.stop(vm.qmp)
+        report = await vm.process.stop(vm.qmp, StopTimeouts(quit=60))
         assert report.how is StopHow.QUIT
         assert report.complaints == ("system_powerdown: the guest does not run (guest-panicked)",)
 
@@ -202,7 +204,7 @@ async def test_silent_qemu_is_stopped_hard_and_loud(image: GuestImage, shim: Pat
 
 async def test_stop_without_a_monitor(image: GuestImage, shim: Path, runtime: Path) -> None:
     async with started(image, shim, runtime) as vm:
-        assert (await vm.process.stop(None)).how is StopHow.TERMINATED
+        assert (await vm.process.stop(None, StopTimeouts(terminate=60))).how is StopHow.TERMINATED
 
 
 async def test_refused_command_and_reconnection(image: GuestImage, shim: Path, runtime: Path) -> None:
@@ -302,7 +304,7 @@ async def test_adopted(image: GuestImage, shim: Path, runtime: Path) -> None:
         adopted = QemuProcess.adopt(vm.process.pid, vm.process.start_time, vm.process.log)
         link = QmpLink(adopted, runtime / QMP_SOCKET)
         await link.connect(5)
-        report = await adopted.stop(link, StopTimeouts(powerdown=0))
+        report = await adopted.stop(link, StopTimeouts(powerdown=0, quit=60))
         assert (report.how, report.exit.how) == (StopHow.QUIT, "is gone")
         await link.close()
         adopted.close()
@@ -343,9 +345,11 @@ asyncio.run(main())
         parent.kill()
     deadline = time.monotonic() + 10
     try:
-        while Path(f"/proc/{pid}").exists() and b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            assert time.monotonic() < deadline, "QEMU outlived its parent"
-            time.sleep(0.02)
+        # It may end while it is looked at.
+        with suppress(OSError):
+            while b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                assert time.monotonic() < deadline, "QEMU outlived its parent"
+                time.sleep(0.02)
     finally:
         os.close(pidfd)
 

@@ -19,7 +19,7 @@ from tests.vm.quickstart import EXAMPLE, holds_all_it_promises
 pytestmark = pytest.mark.timeout(900)
 
 SHORT = """\
-vm: {name: short, memory: 256M, allow_exec: true, image: debian-s390x}
+vm: {name: short, memory: 256M, allow_exec: true, image: debian-s390x, boot_timeout: 240s}
 steps:
   - measure: booted
   - guest: "echo started; sleep 300"

@@ -274,14 +274,14 @@ async def test_a_disk_that_can_not_be_read_holds_the_page_and_no_other(tmp_path:
         await some_paged_out(machine)
         drop_cache(machine)
         machine.arm("store.fetch")
-        readings = {}
+        holding, readings = asyncio.create_task(machine.held()), {}
         for pfn in COLD:
             readings[pfn] = asyncio.create_task(machine.read(pfn))
-            await asyncio.wait({readings[pfn]}, timeout=1)
+            await asyncio.wait({readings[pfn], holding}, return_when=asyncio.FIRST_COMPLETED)
             if not readings[pfn].done():
                 break
         ((pfn, reading),) = [each for each in readings.items() if not each[1].done()]
-        (held,) = await machine.held()
+        (held,) = await holding
         assert held["pages"] == [pfn]
         assert "can not be read: Input/output error" in held["reason"]
         # It was the disk, and for a moment.

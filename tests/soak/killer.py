@@ -35,11 +35,11 @@ class Killer:
         self.kills: Counter[Target] = Counter()
         self.done: list[tuple[float, str]] = []
 
-    async def work(self, deeds: Iterable[Deed], until: float) -> None:
-        """Do deeds until the monotonic time ``until``."""
+    async def work(self, deeds: Iterable[Deed], going: Callable[[], bool]) -> None:
+        """Do deeds while ``going()`` says so, which is asked before each."""
         for deed in deeds:
             await asyncio.sleep(deed.pause)
-            if time.monotonic() >= until:
+            if not going():
                 return
             await self.do(deed)
 

@@ -35,20 +35,28 @@ _TRACEBACK = re.compile(r"^Traceback.*?(?=^\S*Error)(?P<error>^.*?$)", re.MULTIL
 
 @dataclass(frozen=True)
 class Options:
-    """How long (seconds), with which seed, on how large a guest (bytes)."""
+    """How long (seconds), with which seed, on how large a guest (bytes).
+
+    :ivar most: how long at most, where not enough has come of it by then.
+    """
 
     seconds: float
     seed: int
     memory: int = 256 * MiB
+    most: float = 0.0
 
 
 @dataclass
 class Soak:
-    """A soak under way."""
+    """A soak under way.
+
+    :ivar enough: whether what has come of it so far will do.
+    """
 
     options: Options
     host: Host
     say: Callable[[str], None]
+    enough: Callable[[Outcome], bool]
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -57,6 +65,7 @@ class Soak:
         self.user = User(self.host, NAME, self.options.seed)
         self._began, self._seconds = time.monotonic(), 0.0
         self._counters: dict[str, Any] = {}
+        self._status: VmStatus | None = None
         self._gaps = GapLog()
 
     async def run(self) -> Outcome:
@@ -64,7 +73,7 @@ class Soak:
         tree = await self._start()
         self._began = time.monotonic()
         user = asyncio.create_task(self.user.work())
-        killer = asyncio.create_task(self.killer.work(deeds(self.options.seed), self._began + self.options.seconds))
+        killer = asyncio.create_task(self.killer.work(deeds(self.options.seed), self._going))
         watches = [asyncio.create_task(watch) for watch in (self._watch_guest(), self._watch_logs(), self._progress())]
         everything = [user, killer, *watches]
         try:
@@ -79,8 +88,12 @@ class Soak:
                 raise error
         self._seconds = time.monotonic() - self._began
         self.problems += self.user.bugs
-        status = await self._finish(tree)
-        return self._outcome(status)
+        await self._finish(tree)
+        return self._outcome()
+
+    def _going(self) -> bool:
+        spent = time.monotonic() - self._began
+        return spent < self.options.seconds or (spent < self.options.most and not self.enough(self._outcome()))
 
     async def _start(self) -> str:
         """A VM that churns; the checksum of many files of its image."""
@@ -97,10 +110,9 @@ class Soak:
         await _until(lambda: self.board.beat > 1, _SETUP_SECONDS, "the guest's work begins")
         return tree
 
-    async def _finish(self, tree: str) -> VmStatus | None:
+    async def _finish(self, tree: str) -> None:
         """Have the guest verify all it still has, compare, end the VM and see that nothing is left."""
         self.say("the guest verifies what it still has")
-        status = None
         try:
             await self._settle()
             if not self.problems:
@@ -113,7 +125,7 @@ class Soak:
                 self.problems += [f"guest's kernel: {line}" for line in said if COMPLAINTS.search(line)]
             self._counters = await self.host.pager_status(NAME)
             async with self.host.client() as client:
-                status = await client.status(NAME)
+                self._status = status = await client.status(NAME)
             if status.state is not VmState.RUNNING:
                 self.problems.append(f"the VM is {status.state}: {status.reason}")
             self.say("ending the VM")
@@ -121,7 +133,6 @@ class Soak:
             await self.host.all_gone()
         except (HvaError, TimeoutError, AssertionError) as error:
             self.problems.append(f"{error} [{self._console_tail()}]")
-        return status
 
     async def _settle(self) -> None:
         """Wait until host agent, pager and guest agent are all there again."""
@@ -178,6 +189,8 @@ class Soak:
             # It may be dead just now.
             with suppress(HvaError):
                 self._counters = await self.host.pager_status(NAME)
+                async with self.host.client() as client:
+                    self._status = await client.status(NAME)
             kills = ", ".join(f"{target} {count}" for target, count in self._kills().items())
             counted = self._counters
             self.say(
@@ -203,8 +216,8 @@ class Soak:
             return "no console"
         return " | ".join(ascii(line) for line in text.splitlines()[-5:])
 
-    def _outcome(self, status: VmStatus | None) -> Outcome:
-        answer = self.board.answer()
+    def _outcome(self) -> Outcome:
+        answer, status = self.board.answer(), self._status
         gaps = self._gaps.gaps
         return Outcome(
             seed=self.options.seed,
@@ -236,14 +249,20 @@ async def _until(condition: Callable[[], bool], seconds: float, what: str) -> No
         await asyncio.sleep(_LOOK_SECONDS)
 
 
-def run(options: Options, say: Callable[[str], None], keep: Path | None = None) -> Outcome:
+def run(
+    options: Options,
+    say: Callable[[str], None],
+    keep: Path | None = None,
+    enough: Callable[[Outcome], bool] = lambda _outcome: True,
+) -> Outcome:
     """Run a soak; what came of it. Nothing of it is left.
 
     :param keep: where the host agent's log is to be left, for who wants to know more.
+    :param enough: whether what has come of it so far will do.
     """
     with own_host() as host:
         try:
-            return _run(Soak(options, host, say).run())
+            return _run(Soak(options, host, say, enough).run())
         finally:
             log = host.runtime / "agent.log"
             if keep is not None and log.exists():

@@ -77,7 +77,7 @@ async def test_each_method_does_its_own_and_nothing_else(tmp_path: Path) -> None
 
 async def test_under_a_policy_the_balloon_goes_on_all_the_time(tmp_path: Path) -> None:
     vm = {"name": "vm", "memory": "512M", "allow_exec": True, "reclaim": {"mode": "proactive"}}
-    scenario = Scenario.model_validate({"vm": vm, "steps": [{"sleep": "200ms"}]})
+    scenario = Scenario.model_validate({"vm": vm, "steps": [{"sleep": "1s"}]})
     fleets = Fleets(tmp_path)
     await compared(fleets, Method.BALLOON, Method.NONE, scenario=scenario)
     assert fleets.vm(0).qmp.size < 200 * MiB
@@ -85,7 +85,7 @@ async def test_under_a_policy_the_balloon_goes_on_all_the_time(tmp_path: Path) -
 
 
 async def test_a_policy_that_a_step_sets_is_a_balloon_from_then_on(tmp_path: Path) -> None:
-    scenario = a_scenario({"sleep": "50ms"}, {"set": {"mode": "proactive"}}, {"sleep": "200ms"})
+    scenario = a_scenario({"sleep": "50ms"}, {"set": {"mode": "proactive"}}, {"sleep": "1s"})
     fleets = Fleets(tmp_path)
     report = await compared(fleets, Method.BALLOON, Method.NONE, Method.HVA, scenario=scenario)
     assert report.ok
@@ -106,7 +106,7 @@ async def test_a_reclaim_beside_the_steps_is_a_balloon_beside_them(tmp_path: Pat
         return ExecResult(exit_status=0)
 
     scenario = a_scenario(
-        {"reclaim": {"every": "1s"}}, {"sleep": "100ms"}, {"reclaim": "stop"}, {"guest": "less"}, {"sleep": "100ms"}
+        {"reclaim": {"every": "1s"}}, {"sleep": "1s"}, {"reclaim": "stop"}, {"guest": "less"}, {"sleep": "100ms"}
     )
     fleets = Fleets(tmp_path, command)
     report = await compared(fleets, Method.BALLOON, Method.NONE, scenario=scenario)
@@ -196,7 +196,7 @@ async def test_what_the_probe_does_to_the_guest_is_not_the_methods(
 
     monkeypatch.setattr(method_fleet, "probe", hungry)
     fleets = Fleets(tmp_path)
-    scenario = a_scenario({"sleep": "50ms"}, {"measure": "m"})
+    scenario = a_scenario({"sleep": "1s"}, {"measure": "m"})
     (run,) = (await compared(fleets, Method.FREE_PAGE_REPORTING, scenario=scenario)).runs
     assert run.guest
     assert min(point.least_available_bytes or 0 for point in run.guest) == 452 * MiB
@@ -238,7 +238,7 @@ async def test_a_bug_beside_the_steps_is_a_failure_of_the_run(tmp_path: Path) ->
 
     fleets = Fleets(tmp_path)
     fleets.prepare = wrong
-    scenario = a_scenario({"sleep": "50ms"})
+    scenario = a_scenario({"sleep": "1s"})
     report = await compared(fleets, Method.BALLOON, Method.NONE, scenario=scenario)
     assert [run.ok for run in report.runs] == [False, True]
     assert "a bug in following the guest's word: TypeError" in report.runs[0].failures[0]
@@ -276,7 +276,7 @@ async def test_min_resident_binds_the_balloon_where_it_binds_hva(tmp_path: Path)
     def roomy(_number: int, fleet: StandInComparedFleet) -> None:
         fleet.prepare = lambda vm: setattr(vm.qmp, "used", 40 * MiB)
 
-    steps = [{"sleep": "200ms"}, {"set": {"mode": "manual"}}, {"reclaim": {}}]
+    steps = [{"sleep": "1s"}, {"set": {"mode": "manual"}}, {"reclaim": {}}]
     vm = {"name": "vm", "memory": "512M", "allow_exec": True, "reclaim": {"mode": "proactive", "min_resident": "200M"}}
     fleets = Fleets(tmp_path)
     fleets.prepare = roomy

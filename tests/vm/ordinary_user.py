@@ -17,7 +17,7 @@ from hva_images import ensure_image
 from hvaqemu.image_config import DEFAULT_IMAGE
 
 NUMBER = 64321
-_SECONDS = 600.0
+_SECONDS = 1500.0
 _DEVICE = Path("/dev/userfaultfd")
 
 #: $1: a folder; $2: the device's numbers; $3: its mode; $4: user; then the command.

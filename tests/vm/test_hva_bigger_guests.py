@@ -11,7 +11,7 @@ from hva_host.agent.model import VmStatus
 from hvaqemu.units import MiB
 from tests.vm.host import Host, own_host
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(1800)]
 
 _LIMIT = 2.0
 _VM = f"name: big\nmemory: 16G\ncpus: 2\nallow_exec: true\nboot_timeout: 240s\nprotection_limit: {_LIMIT:g}s\n"
@@ -40,7 +40,7 @@ async def test_a_guest_of_16_gib(host: Host) -> None:
     file = host.folder / "big.yaml"
     file.write_text(_VM)
     await host.command("up", file)
-    filled = await host.command("exec", "big", "--timeout", "200s", "--", "sh", "-c", _FILL)
+    filled = await host.command("exec", "big", "--timeout", "500s", "--", "sh", "-c", _FILL)
     files, _, kept = filled.splitlines()
     before = VmStatus.model_validate(json.loads(await host.command("status", "big", "--json")))
     assert before.measure is not None
@@ -52,7 +52,7 @@ async def test_a_guest_of_16_gib(host: Host) -> None:
     assert sum(epoch.discarded_layer for epoch in status.epochs) > 40 * MiB // 4096
     assert max(epoch.slices for epoch in status.epochs) > 1
     assert all(epoch.unconfirmed < 1000 for epoch in status.epochs[1:]), status.epochs
-    checked = await host.command("exec", "big", "--timeout", "200s", "--", "sh", "-c", _CHECK)
+    checked = await host.command("exec", "big", "--timeout", "500s", "--", "sh", "-c", _CHECK)
     assert checked.splitlines() == [kept, files]
     peak = await host.command("exec", "big", "--", "sh", "-c", _AGENT_MEMORY)
     assert 0 < int(peak.split()[1]) < _AGENT_KIB

@@ -77,7 +77,7 @@ async def test_a_user_network_and_its_forwarded_port(unused_tcp_port: int) -> No
         await guest.run(_SERVE)
         await verified(f"http://127.0.0.1:{unused_tcp_port}")
         assert (await guest.run("cat /proc/sys/kernel/hostname")).strip() == _NAME
-        assert await reaches_the_host(guest)
+        assert await reaches_the_host(guest, 60)
         status = (await guest.vm.status()).network
         assert status is not None
         assert (status.type, status.forward) == ("user", [f"127.0.0.1:{unused_tcp_port}:80"])
@@ -93,15 +93,15 @@ async def test_an_isolated_guest_reaches_nobody(unused_tcp_port: int) -> None:
     async with running_guest(_NAME, memory=_MEMORY, network=network) as guest:
         await guest.run(_SERVE)
         await verified(f"http://127.0.0.1:{unused_tcp_port}")
-        assert not await reaches_the_host(guest)
+        assert not await reaches_the_host(guest, 5)
 
 
-async def reaches_the_host(guest: Guest) -> bool:
-    """Whether the guest connects to a port of the host's loopback."""
+async def reaches_the_host(guest: Guest, seconds: int) -> bool:
+    """Whether the guest connects to a port of the host's loopback within so many seconds."""
     server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1")
     async with server:
         port = server.sockets[0].getsockname()[1]
-        code = f"import socket; socket.create_connection(('10.0.2.2', {port}), 5)"
+        code = f"import socket; socket.create_connection(('10.0.2.2', {port}), {seconds})"
         return (await guest.vm.execute(["python3", "-c", code], timeout=STEP_SECONDS)).ok
 
 

@@ -19,7 +19,7 @@ from tests.vm.quickstart import EXAMPLE, holds_all_it_promises
 
 _VM = "name: mine\nmemory: 128M\n"
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

@@ -41,13 +41,20 @@ class Seen:
     port: int
 
     async def metrics(self) -> dict[str, Metric]:
-        """What Prometheus would fetch, read by its own parser."""
+        """What Prometheus would fetch once the VM answers in time, read by its own parser."""
 
         def fetch() -> str:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
                 return str(answer.read().decode())
 
-        return {family.name: family for family in text_string_to_metric_families(await asyncio.to_thread(fetch))}
+        async with asyncio.timeout(STEP_SECONDS):
+            while True:
+                text = await asyncio.to_thread(fetch)
+                found = {family.name: family for family in text_string_to_metric_families(text)}
+                if value(found, "hvaqemu_vm_answered"):
+                    return found
+                # For so long an answer is given to whoever asks.
+                await asyncio.sleep(1.1)
 
     async def status(self) -> VmStatus:
         return VmStatus.model_validate_json(await self.host.command("status", _NAME, "--json"))
@@ -82,10 +89,11 @@ def value(found: dict[str, Metric], sample: str, **labels: str) -> float:
 
 
 async def test_metrics_say_what_status_says(seen: Seen) -> None:
-    digest = await seen.host.command("exec", _NAME, "--", "sh", "-c", TREE)
+    read = ("exec", _NAME, "--timeout", "300s", "--", "sh", "-c", TREE)
+    digest = await seen.host.command(*read)
     await seen.host.command("reclaim", _NAME)
     reclaimed = await seen.metrics()
-    assert await seen.host.command("exec", _NAME, "--", "sh", "-c", TREE) == digest
+    assert await seen.host.command(*read) == digest
     await asyncio.sleep(1.1)
     found, status = await seen.metrics(), await seen.status()
     assert status.measure is not None

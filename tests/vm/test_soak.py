@@ -7,29 +7,38 @@ from itertools import islice
 import pytest
 
 from tests.soak.deeds import How, Target, deeds
-from tests.soak.outcome import SEVERAL, by_deed, show
+from tests.soak.outcome import SEVERAL, Outcome, by_deed, show
 from tests.soak.soak import Options, run
 from tests.vm.board import Gap
 
 _SECONDS = 60.0
+#: Where others keep the processor busy, a minute is not long enough for it to be a test.
+_MOST = 300.0
 _SEED = 20260
 
 
-@pytest.mark.timeout(900)
+def lacking(outcome: Outcome) -> dict[str, int]:
+    """Of what makes it a test, all died, often, while there was something to lose: what is still too little."""
+    wanted = {
+        "pagers killed": (outcome.kills[Target.PAGER], 10),
+        "host agents killed": (outcome.kills[Target.HOST_AGENT], 4),
+        "guest agents killed": (outcome.kills[Target.GUEST_AGENT], 1),
+        "pagers' parents killed": (outcome.kills[Target.PAGER_PARENT], 1),
+        "pager restarts": (outcome.pager_restarts, 5),
+        "epochs": (outcome.epochs, 20),
+        "pages discarded": (outcome.discarded_pages, 20_000),
+        "refaults": (outcome.refaults, 5_000),
+        "rounds of each of the guest's workers": (min(outcome.verified.values(), default=0), 1),
+    }
+    return {what: found for what, (found, least) in wanted.items() if found < least}
+
+
+@pytest.mark.timeout(1500)
 def test_a_minute_of_soak() -> None:
-    outcome = run(Options(_SECONDS, _SEED), print)
+    outcome = run(Options(_SECONDS, _SEED, most=_MOST), print, enough=lambda so_far: not lacking(so_far))
     show(outcome)
     assert outcome.problems == []
-    # It was a test: all of them died, often, while there was something to lose.
-    assert outcome.kills[Target.PAGER] >= 10
-    assert outcome.kills[Target.HOST_AGENT] >= 4
-    assert outcome.kills[Target.GUEST_AGENT] >= 1
-    assert outcome.kills[Target.PAGER_PARENT] >= 1
-    assert outcome.pager_restarts >= 5
-    assert outcome.epochs >= 20
-    assert outcome.discarded_pages > 20_000
-    assert outcome.refaults > 5_000
-    assert min(outcome.verified.values()) > 0
+    assert lacking(outcome) == {}
 
 
 def test_deeds_are_the_same_for_the_same_seed() -> None:
